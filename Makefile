@@ -1,0 +1,49 @@
+# `make VENV=/some/where test` keeps the environment elsewhere. Which build of torch is installed
+# (CPU or CUDA) is decided by pip's configuration or by TORCH, e.g. TORCH=torch==2.13.0+cu130.
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+EXTRAS ?= diffusers,video,cli,dev
+WORKERS ?= 2
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.tvkernels-installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+
+.PHONY: setup demo test test-slow lint bench gpu clean
+
+setup: $(STAMP)
+
+# torch comes first and by itself: whatever else would pull it in could bring another build along.
+$(STAMP): pyproject.toml setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) setuptools wheel
+	$(PIP) $(TORCH)
+	$(PIP) --no-build-isolation -e '.[$(EXTRAS)]'
+	@touch $@
+
+demo: setup
+	$(BIN)/tvk demo
+
+# One thread per worker: two workers with two threads each fight for two cores.
+test: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+
+test-slow: setup
+	$(BIN)/python -m pytest -m 'slow and not gpu'
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: setup
+	$(BIN)/tvk bench quality --scenes 4
+
+gpu: setup
+	@$(BIN)/python -c "import sys, torch; torch.cuda.is_available() or sys.exit( \
+	    'make gpu: torch ' + torch.__version__ + ' sees no CUDA device; nothing was run')"
+	$(BIN)/python -m pytest -m gpu
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
