@@ -1,0 +1,187 @@
+"""One registration for every op: schema, fake, backends with reasons, exact gradients.
+
+An op's api.py declares an `Op`; its backends are the modules beside it. Each backend module has
+``why_not(*args) -> list[str]`` and ``forward(*args)``, and may have ``backward(grads, *args)``; args are
+those of the schema without the closing backend name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import warnings
+from collections.abc import Callable, Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("cuda", "triton", "cpu", "reference")  # the order "auto" tries them in
+LIBRARY = torch.library.Library("tvkernels", "DEF")
+OPS: dict[str, Op] = {}
+
+
+class BackendError(RuntimeError):
+    """No backend, or not the named one, can run this call; the text lists every reason."""
+
+
+class Op:
+    """One registered op of the namespace `tvkernels`.
+
+    Args:
+        name: the op's name and the name of its folder in `tvkernels.ops`.
+        args: schema of the arguments without the backend, "Tensor q, Tensor k, float? scale".
+        returns: schema of the results, "Tensor" or "(Tensor, Tensor)".
+        fake: shapes of the results: called with the arguments, returns empty tensors.
+        backends: names of the backend modules that exist, in any order.
+        differentiable: positions of the arguments that gradients reach, () for none.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        args: str,
+        returns: str,
+        fake: Callable,
+        *,
+        backends: Sequence[str] = ("cpu", "reference"),
+        differentiable: Sequence[int] = (),
+    ):
+        self.name, self.backends, self.differentiable = name, tuple(backends), differentiable
+        OPS[name] = self
+        self.overload = self._define(
+            name, f"{args}, str backend", returns, self._run, lambda *a: fake(*a[:-1])
+        )
+        if differentiable:
+            self._backward = self._define(
+                f"{name}_backward",
+                f"Tensor?[] grads, {args}, str backend",
+                "Tensor[]",
+                self._run_backward,
+                lambda grads, *a: [torch.empty_like(a[i]) for i in self._reached(a)],
+            )
+            torch.library.register_autograd(
+                f"tvkernels::{name}",
+                self._autograd_backward,
+                setup_context=self._setup_context,
+                lib=LIBRARY,
+            )
+
+    @staticmethod
+    def _define(name: str, args: str, returns: str, run: Callable, fake: Callable):
+        LIBRARY.define(f"{name}({args}) -> {returns}", tags=(torch.Tag.pt2_compliant_tag,))
+        LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"tvkernels::{name}", fake, lib=LIBRARY)
+        return getattr(torch.ops.tvkernels, name).default
+
+    def __call__(self, *args, backend: str = "auto"):
+        """Calls the registered op; gradients, compile and export see one node."""
+        if backend != "auto" and backend not in BACKENDS:
+            raise ValueError(f"unknown backend {backend!r}: use auto, {', '.join(BACKENDS)}")
+        return self.overload(*args, backend)
+
+    def backend(self, name: str) -> ModuleType:
+        """The backend's module, imported on first use."""
+        return importlib.import_module(f"tvkernels.ops.{self.name}.{name}")
+
+    def why_not(self, name: str, *args) -> list[str]:
+        """Every reason against running this call on backend `name`; empty if it runs."""
+        if name not in self.backends:
+            return [f"{self.name} has no {name} backend in this version"]
+        try:
+            module = self.backend(name)
+        except ImportError as error:
+            return [str(error)]
+        return module.why_not(*args)
+
+    def resolve(self, backend: str, *args) -> ModuleType:
+        """The module that runs this call.
+
+        Raises:
+            BackendError: the named backend cannot run it, or with "auto" none can.
+        """
+        names = BACKENDS if backend == "auto" else (backend,)
+        reasons = {}
+        for name in names:
+            reasons[name] = self.why_not(name, *args)
+            if not reasons[name]:
+                if backend == "auto" and name == "reference":
+                    _say_once(self.name, tuple(f"{n}: {', '.join(r)}" for n, r in reasons.items()))
+                return self.backend(name)
+        lines = [f"  {name}: {reason}" for name, why in reasons.items() for reason in why]
+        raise BackendError("\n".join([f"{self.name}: no backend can run this call", *lines]))
+
+    def _run(self, *args):
+        *args, backend = args
+        with _no_autocast(args):
+            return self.resolve(backend, *args).forward(*args)
+
+    def _reached(self, args) -> list[int]:
+        return [i for i in self.differentiable if args[i] is not None]
+
+    def _run_backward(self, grads, *args):
+        *args, backend = args
+        module = self.resolve(backend, *args)
+        with _no_autocast(args):
+            if hasattr(module, "backward"):
+                return module.backward(grads, *args)
+            return self._recompute(module.forward, grads, args)
+
+    def _recompute(self, forward: Callable, grads, args) -> list[Tensor]:
+        """Exact gradients of a backend composed of torch ops, by running it again."""
+        args, reached = list(args), self._reached(args)
+        for i in reached:
+            args[i] = args[i].detach().requires_grad_()
+        with torch.enable_grad():
+            results = forward(*args)
+        results = results if isinstance(results, tuple) else (results,)
+        pairs = zip(results, grads, strict=True)
+        pairs = [(r, g) for r, g in pairs if g is not None and r.requires_grad]
+        leaves = [args[i] for i in reached]
+        found = [None] * len(leaves)
+        if pairs:
+            outs, outer = zip(*pairs, strict=True)
+            found = torch.autograd.grad(outs, leaves, outer, allow_unused=True)
+        return [
+            torch.zeros_like(leaf) if g is None else g.clone(memory_format=torch.preserve_format)
+            for leaf, g in zip(leaves, found, strict=True)
+        ]
+
+    def _setup_context(self, ctx, inputs, output):
+        tensors = [x for x in inputs if isinstance(x, Tensor)]
+        ctx.save_for_backward(*tensors)
+        ctx.others = [None if isinstance(x, Tensor) else x for x in inputs]
+        ctx.tensor_at = [isinstance(x, Tensor) for x in inputs]
+        ctx.set_materialize_grads(False)
+
+    def _autograd_backward(self, ctx, *grads):
+        saved = iter(ctx.saved_tensors)
+        args = [
+            next(saved) if is_tensor else other
+            for is_tensor, other in zip(ctx.tensor_at, ctx.others, strict=True)
+        ]
+        results = [None] * len(args)
+        if any(g is not None for g in grads):
+            reached = self._reached(args)
+            for i, grad in zip(reached, self._backward(list(grads), *args), strict=True):
+                results[i] = grad if ctx.needs_input_grad[i] else None
+        return tuple(results)
+
+
+def _no_autocast(args):
+    """Kernels see the dtypes they are given: autocast inside would break the registered contract."""
+    device = next((a.device.type for a in args if isinstance(a, Tensor)), "cpu")
+    if torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return contextlib.nullcontext()
+
+
+_SAID: set[str] = set()
+
+
+def _say_once(op: str, reasons: tuple[str, ...]) -> None:
+    if op not in _SAID:
+        _SAID.add(op)
+        warnings.warn(
+            f"{op} runs its slow reference: {'; '.join(reasons)}", RuntimeWarning, stacklevel=4
+        )

@@ -1,0 +1,144 @@
+"""Lean composed PyTorch: the keys and values of one frame at a time, or none copied at all."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tvkernels.ops.frame_attention.reference import pool
+from tvkernels.patterns import FramePattern, Segment, pooled_counts
+
+Rows = list[list[Segment]]
+
+
+def why_not(*args) -> list[str]:
+    """Composed of torch's own ops: runs on every device."""
+    return []
+
+
+def forward(q, k, v, row_ptr, segments, levels, h, w, scale, return_lse):
+    """Shapes as in `tvkernels.frame_attention`."""
+    rows, sized = read_table(row_ptr, segments)
+    return attend(q, k, v, rows, sized, (h, w), scale, return_lse)
+
+
+def plan(pattern: FramePattern, num_frames: int) -> tuple[Rows, bool]:
+    """The pattern in Python: what export needs, where a tensor cannot become slices."""
+    return pattern.segments(num_frames), pattern.size_bias
+
+
+def read_table(row_ptr: Tensor, segments: Tensor) -> tuple[Rows, bool]:
+    """The rows of a compiled table, and whether its pooled tokens weigh log(pooled count)."""
+    ends, flat = row_ptr.tolist(), segments.tolist()
+    rows = [
+        [Segment(*s[:3]) for s in flat[first:last]]
+        for first, last in zip(ends[:-1], ends[1:], strict=True)
+    ]
+    return rows, any(s[3] for s in flat)
+
+
+def attend(q, k, v, rows: Rows, sized: bool, grid, scale, return_lse):
+    """Frames that read one list share one call; others gather one frame's keys at a time."""
+    source = Source(k, v, rows, grid, sized)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if q.numel() == 0:
+        out, lse = torch.empty(q.shape, dtype=q.dtype, device=q.device), q.new_empty(q.shape[:-1])
+    elif rows == [[Segment(f)] for f in range(k.shape[1])]:
+        out, lse = _sdpa(*(x.flatten(0, 1) for x in (q, k, v)), None, scale, return_lse)
+    elif all(row == rows[0] for row in rows):
+        out, lse = _sdpa(q.flatten(1, 2), *source.gather(rows[0]), scale, return_lse)
+    else:
+        parts = [
+            _sdpa(q[:, f], *source.gather(row), scale, return_lse) for f, row in enumerate(rows)
+        ]
+        out = torch.stack([part[0] for part in parts], 1)
+        lse = torch.stack([part[1] for part in parts], 1) if return_lse else None
+    out = out.reshape(q.shape).contiguous()
+    if return_lse:
+        return out, lse.reshape(q.shape[:-1]).float().contiguous()
+    return out, q.new_empty(0, dtype=torch.float32)
+
+
+class Source:
+    """Keys and values of all frames, pooled once per level, read one row at a time.
+
+    k and v are already projected: averaging commutes with an affine map, so coarse tokens cost no
+    projection.
+    """
+
+    def __init__(self, k: Tensor, v: Tensor, rows: Rows, grid, sized: bool):
+        self.levels = {0: (k, v, None)}
+        for level in sorted({s.level for row in rows for s in row} - {0}):
+            weight = pooled_counts(grid, level).log().to(k) if sized else None
+            self.levels[level] = (pool(k, *grid, level), pool(v, *grid, level), weight)
+
+    def gather(self, row: list[Segment]) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keys, values [B, M, H, D] and the bias [M] (None where it is zero) of one query frame."""
+        keys = [self.levels[s.level][0][:, s.frame] for s in row]
+        values = [self.levels[s.level][1][:, s.frame] for s in row]
+        if len(row) == 1:
+            return keys[0], values[0], self.levels[row[0].level][2]
+        bias = None
+        if any(s.count > 1 or self.levels[s.level][2] is not None for s in row):
+            parts = []
+            for s, key in zip(row, keys, strict=True):
+                weight = self.levels[s.level][2]
+                zero = key.new_zeros(key.shape[1]) if weight is None else weight
+                parts.append(zero + math.log(s.count))
+            bias = torch.cat(parts)
+        return torch.cat(keys, 1), torch.cat(values, 1), bias
+
+
+def _sdpa(q, k, v, bias, scale, return_lse):
+    """[B, N, H, D] queries over [B, M, H, D]; the log-sum-exp only where asked for."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    mask = None if bias is None else bias.expand(q.shape[0], 1, q.shape[2], -1)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2)
+    if not return_lse:
+        return out, None
+    scores = (q @ k.transpose(2, 3)) * scale
+    scores = scores if bias is None else scores + bias
+    return out, scores.logsumexp(-1).transpose(1, 2)
+
+
+def backward(grads, q, k, v, row_ptr, segments, levels, h, w, scale, return_lse):
+    """Exact gradients with the scores and gathered keys of one query frame at a time."""
+    rows, sized = read_table(row_ptr, segments)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    source = Source(k, v, rows, (h, w), sized)
+    dq = torch.zeros_like(q)
+    summed = {
+        level: (torch.zeros_like(key), torch.zeros_like(value))
+        for level, (key, value, _) in source.levels.items()
+    }
+    for f, row in enumerate(rows if q.numel() else ()):
+        key, value, bias = source.gather(row)
+        leaves = [x.detach().requires_grad_() for x in (q[:, f], key, value)]
+        with torch.enable_grad():
+            results = _sdpa(*leaves, bias, scale, return_lse)
+        pairs = [(r, g[:, f].to(r)) for r, g in zip(results, grads, strict=True) if g is not None]
+        outs, outer = zip(*pairs, strict=True)
+        one = torch.autograd.grad(outs, leaves, outer, allow_unused=True)
+        dq[:, f] = one[0]
+        sizes = [source.levels[s.level][0].shape[2] for s in row]
+        for total, part in ((0, one[1]), (1, one[2])):
+            if part is None:  # values do not reach a log-sum-exp
+                continue
+            for segment, piece in zip(row, part.split(sizes, 1), strict=True):
+                summed[segment.level][total][:, segment.frame] += piece
+    dk, dv = summed.pop(0)
+    for level, (dkey, dvalue) in summed.items():
+        dk += _unpool(dkey, k, h, w, level)
+        dv += _unpool(dvalue, v, h, w, level)
+    return [dq, dk, dv]
+
+
+def _unpool(grad: Tensor, x: Tensor, h: int, w: int, level: int) -> Tensor:
+    """The adjoint of `pool`."""
+    x = x.detach().requires_grad_()
+    with torch.enable_grad():
+        pooled = pool(x, h, w, level)
+    return torch.autograd.grad(pooled, x, grad)[0]

@@ -1,0 +1,81 @@
+"""Named cases of frame_attention: shapes of SD-1.x, odd ones, and every kind of pattern."""
+
+from __future__ import annotations
+
+from tvkernels.patterns import FramePattern
+from tvkernels.testing.spec import OpSpec
+
+PATTERNS = {
+    "own": FramePattern.own(),
+    "first": FramePattern.first(),
+    "first_previous": FramePattern.first_previous(),
+    "previous_own": FramePattern.previous_own(),
+    "all": FramePattern.all(),
+    "fine_coarse2": FramePattern.fine_coarse(2),
+    "fine_coarse4": FramePattern.fine_coarse(4),
+    "fine_coarse2_sized": FramePattern.fine_coarse(2, size_bias=True),
+    "uneven": FramePattern.frames(anchors=("mid", 0, 0), offsets=(-1,)),
+    "two_levels": FramePattern.rows([[0, (1, 2)], [1, (0, 4), (2, 2)], [2, 2, (1, 4)]]),
+}
+
+
+def _case(pattern, f, grid, h, d, b=1, lse=False):
+    return {"pattern": pattern, "b": b, "f": f, "grid": grid, "h": h, "d": d, "lse": lse}
+
+
+CASES = {
+    "own": _case("own", 3, (4, 4), 2, 8),
+    "first": _case("first", 3, (4, 4), 2, 8, b=2),
+    "first_previous": _case("first_previous", 4, (4, 6), 2, 16),
+    "previous_own": _case("previous_own", 3, (5, 3), 2, 8),
+    "all": _case("all", 3, (4, 4), 1, 8),
+    "fine_coarse2": _case("fine_coarse2", 4, (4, 6), 2, 8, b=2),
+    "ragged": _case("fine_coarse4", 3, (5, 7), 2, 8),
+    "sized_ragged": _case("fine_coarse2_sized", 3, (5, 7), 2, 8),
+    "uneven": _case("uneven", 5, (3, 3), 2, 8),
+    "two_levels": _case("two_levels", 3, (6, 5), 2, 8),
+    "one_frame": _case("fine_coarse2", 1, (4, 4), 2, 8),
+    "no_frame": _case("own", 0, (4, 4), 2, 8),
+    "no_batch": _case("own", 2, (4, 4), 2, 8, b=0),
+    "lse": _case("fine_coarse2_sized", 3, (4, 5), 2, 8, b=2, lse=True),
+    "lse_own": _case("own", 3, (4, 4), 2, 8, lse=True),
+    "lse_no_batch": _case("own", 2, (4, 4), 2, 8, b=0, lse=True),
+    "d40": _case("first_previous", 2, (4, 4), 2, 40),
+    **{
+        f"sd15-{name}-{side}": _case(name, 8, (side, side), 8, d, b=2)
+        for name in ("own", "first_previous", "fine_coarse2")
+        for side, d in ((64, 40), (32, 80), (16, 160), (8, 160))
+    },
+}
+
+
+def inputs(case, make):
+    """q, k, v, the pattern and the options of one case."""
+    h, w = case["grid"]
+    q, k, v = (make(case["b"], case["f"], h * w, case["h"], case["d"]) for _ in range(3))
+    return [q, k, v, PATTERNS[case["pattern"]]], {"grid": case["grid"], "return_lse": case["lse"]}
+
+
+def _pairs(case):
+    """Scores computed: query tokens times the tokens they read."""
+    h, w = case["grid"]
+    tokens = {0: h * w}
+    total = 0
+    for row in PATTERNS[case["pattern"]].segments(case["f"]):
+        for s in row:
+            tokens.setdefault(s.level, -(-h // max(s.level, 1)) * -(-w // max(s.level, 1)))
+            total += tokens[s.level]
+    return case["b"] * case["h"] * h * w * total
+
+
+SPEC = OpSpec(
+    name="frame_attention",
+    cases=CASES,
+    inputs=inputs,
+    flops=lambda case: 4 * case["d"] * _pairs(case),
+    bytes=lambda case: (
+        2 * 4 * case["b"] * case["f"] * case["grid"][0] * case["grid"][1] * case["h"] * case["d"]
+    ),
+    exps=_pairs,
+    gradients=(0, 1, 2),
+)

@@ -1,0 +1,71 @@
+"""One call of an op from its spec: fresh inputs, gradients, the registered calls beneath it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tvkernels.testing.spec import Maker, OpSpec, to_dtype
+
+
+def build(spec: OpSpec, case: str, dtype: torch.dtype = torch.float32, *, wide=None, **make):
+    """Fresh (positional, keyword) arguments of one case, the same ones on every call.
+
+    Args:
+        dtype: precision the numbers are rounded to.
+        wide: precision the rounded numbers are then kept in; None for `dtype`.
+        make: options of `Maker`: layout, extreme, device.
+    """
+    seed = sum(map(ord, spec.name + case))
+    args = spec.inputs(spec.cases[case], Maker(seed, dtype, **make))
+    positional, keyword = to_dtype(args, wide or dtype)
+    # A tensor given twice, or one that an op writes into, must not tie two calls together.
+    return (
+        [x.clone() if isinstance(x, Tensor) else x for x in positional],
+        {name: x.clone() if isinstance(x, Tensor) else x for name, x in keyword.items()},
+    )
+
+
+def tensors(result) -> list[Tensor]:
+    """The tensors of a result, flat."""
+    if isinstance(result, Tensor):
+        return [result]
+    return [x for part in result for x in tensors(part)] if result is not None else []
+
+
+def leaves(spec: OpSpec, args) -> dict[int | str, Tensor]:
+    """The arguments that gradients reach in this call, by position or name."""
+    positional, keyword = args
+    found = {}
+    for key in spec.gradients:
+        x = keyword.get(key) if isinstance(key, str) else positional[key]
+        if isinstance(x, Tensor):
+            found[key] = x.requires_grad_()
+    return found
+
+
+def gradients(spec: OpSpec, args, call: Callable | None = None, **options):
+    """Results, and the gradients of their sum weighted by fixed pseudo-random numbers."""
+    inputs = leaves(spec, args)
+    results = tensors((call or spec.call)(*args[0], **args[1], **options))
+    generator = torch.Generator().manual_seed(1)
+    grown = [x for x in results if x.requires_grad]
+    outer = [torch.randn(x.shape, generator=generator).to(torch.bfloat16).to(x) for x in grown]
+    grads = torch.autograd.grad(grown, list(inputs.values()), outer, allow_unused=True)
+    return [x.detach() for x in results], dict(zip(inputs, grads, strict=True))
+
+
+class RegisteredCalls(TorchDispatchMode):
+    """Keeps (overload, arguments) of every tvkernels op called inside it."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "tvkernels":
+            self.calls.append((function, args))
+        return function(*args, **(kwargs or {}))

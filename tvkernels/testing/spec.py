@@ -1,0 +1,91 @@
+"""The specification every op carries: named cases, inputs, cost, error budget. Read by all tests."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class OpSpec:
+    """What tests, benchmarks and offline gates need to know of an op.
+
+    Args:
+        name: folder in `tvkernels.ops` and name of the public function.
+        cases: case name -> parameters that `inputs` understands. Real UNet shapes start with
+            "sd15-" and are for benchmarks; all others are small and run in every test.
+        inputs: (parameters, make) -> (positional, keyword) arguments of the public function, where
+            make(*shape, like=...) returns a fresh random tensor of the case's dtype and device.
+        flops, bytes, exps: parameters -> count; bytes for an element size of 2 unless given.
+        gradients: names or positions of arguments that gradients reach, () for none.
+        budget: factor of the error budget; a value other than 2 needs its reason beside it.
+        function: the public function; by default found by its name.
+    """
+
+    name: str
+    cases: Mapping[str, Mapping[str, Any]]
+    inputs: Callable
+    flops: Callable[[Mapping[str, Any]], int]
+    bytes: Callable[[Mapping[str, Any]], int]
+    exps: Callable[[Mapping[str, Any]], int] = field(default=lambda case: 0)
+    gradients: tuple[int | str, ...] = ()
+    budget: float = 2.0
+    function: Callable | None = None
+
+    @property
+    def call(self) -> Callable:
+        """The public function."""
+        return self.function or getattr(importlib.import_module("tvkernels"), self.name)
+
+    @property
+    def small_cases(self) -> list[str]:
+        """Cases that fit in a test on two cores."""
+        return [name for name in self.cases if not name.startswith("sd15-")]
+
+
+class Maker:
+    """Fresh random tensors from a seed: normal, of one dtype on one device.
+
+    Args:
+        layout: "dense", or "permuted" for tensors whose memory order is not their index order.
+        extreme: "" for normal values, "equal" for all scores alike, "huge" for one huge value.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+        layout: str = "dense",
+        extreme: str = "",
+    ):
+        self.generator = torch.Generator().manual_seed(seed)
+        self.dtype, self.device, self.layout, self.extreme = dtype, device, layout, extreme
+
+    def __call__(self, *shape: int, scale: float = 1.0, positive: bool = False) -> Tensor:
+        """A random tensor [*shape] of standard deviation `scale`, or uniform in [0, 1]."""
+        draw = torch.rand if positive else torch.randn
+        x = draw(shape, generator=self.generator, dtype=torch.float64) * scale
+        if self.extreme == "equal":
+            x = torch.full_like(x, 0.5 * scale)
+        if self.extreme == "huge" and x.numel() and not positive:
+            x.view(-1)[x.numel() // 2] = 100.0 * scale
+        x = x.to(self.dtype)  # rounded first, so that every precision sees the same numbers
+        if self.layout == "permuted" and x.dim() > 1:
+            x = x.movedim(0, -1).contiguous().movedim(-1, 0)
+        return x.to(self.device)
+
+
+def to_dtype(args, dtype: torch.dtype):
+    """The same (positional, keyword) arguments with floating tensors in another dtype."""
+    positional, keyword = args
+
+    def cast(x):
+        return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+
+    return [cast(x) for x in positional], {name: cast(x) for name, x in keyword.items()}
