@@ -75,9 +75,20 @@ class Op:
         return getattr(torch.ops.tvkernels, name).default
 
     def __call__(self, *args, backend: str = "auto"):
-        """Calls the registered op; gradients, compile and export see one node."""
+        """Calls the registered op; gradients, compile and export see one node.
+
+        Raises:
+            ValueError: no backend has this name.
+            RuntimeError: an input requires gradients and the op has none.
+        """
         if backend != "auto" and backend not in BACKENDS:
             raise ValueError(f"unknown backend {backend!r}: use auto, {', '.join(BACKENDS)}")
+        lost = not self.differentiable and torch.is_grad_enabled()
+        if lost and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+            raise RuntimeError(
+                f"{self.name} has no gradients, but an input requires them: "
+                "call it under torch.no_grad() or detach the input"
+            )
         return self.overload(*args, backend)
 
     def backend(self, name: str) -> ModuleType:
@@ -124,8 +135,11 @@ class Op:
         module = self.resolve(backend, *args)
         with _no_autocast(args):
             if hasattr(module, "backward"):
-                return module.backward(grads, *args)
-            return self._recompute(module.forward, grads, args)
+                found = module.backward(grads, *args)
+            else:
+                found = self._recompute(module.forward, grads, args)
+        reached = self._reached(args)
+        return [_laid_out_as(args[i], g) for i, g in zip(reached, found, strict=True)]
 
     def _recompute(self, forward: Callable, grads, args) -> list[Tensor]:
         """Exact gradients of a backend composed of torch ops, by running it again."""
@@ -143,7 +157,7 @@ class Op:
             outs, outer = zip(*pairs, strict=True)
             found = torch.autograd.grad(outs, leaves, outer, allow_unused=True)
         return [
-            torch.zeros_like(leaf) if g is None else g.clone(memory_format=torch.preserve_format)
+            torch.zeros_like(leaf) if g is None else torch.empty_like(leaf).copy_(g)
             for leaf, g in zip(leaves, found, strict=True)
         ]
 
@@ -166,6 +180,12 @@ class Op:
             for i, grad in zip(reached, self._backward(list(grads), *args), strict=True):
                 results[i] = grad if ctx.needs_input_grad[i] else None
         return tuple(results)
+
+
+def _laid_out_as(x: Tensor, grad: Tensor) -> Tensor:
+    """`grad`, copied if need be to the strides that the registered fake promises."""
+    expected = torch.empty_like(x, device="meta").stride()
+    return grad if grad.stride() == expected else torch.empty_like(x).copy_(grad)
 
 
 def _no_autocast(args):

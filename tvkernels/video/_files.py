@@ -1,0 +1,65 @@
+"""What reading and writing share: the one error type, soft imports, atomic output."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import ModuleType
+
+
+class VideoError(ValueError):
+    """A clip cannot be read or written as asked. One line: what is wrong, and what would work."""
+
+
+def need(module: str) -> ModuleType:
+    """Import ``module`` on first use, or raise ImportError naming the extra that brings it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(
+            f"video files need {module.partition('.')[0]}, which is not installed: "
+            "pip install 'tvkernels[video]'"
+        ) from error
+
+
+def check_output(path: str | os.PathLike, suffixes: tuple[str, ...]) -> Path:
+    """Raise VideoError now if ``path`` could not be written later; creates nothing.
+
+    Args:
+        path: output file; missing parent folders are fine, they are created on writing.
+        suffixes: accepted endings, lower case, with the dot; "" accepts a folder.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in suffixes:
+        wanted = ", ".join(suffix or "a folder (no ending)" for suffix in suffixes)
+        raise VideoError(f"cannot write {path}: its ending must be one of {wanted}")
+    if path.suffix and path.is_dir():
+        raise VideoError(f"cannot write {path}: it is a folder")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not folder.is_dir():
+        raise VideoError(f"cannot write {path}: {folder} is a file, not a folder")
+    if not os.access(folder, os.W_OK):
+        raise VideoError(f"cannot write {path}: no permission to write in {folder}")
+    return path
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Give a temporary path beside ``path``; on success it becomes ``path``, else it is removed.
+
+    An interrupt counts as failure. Operating-system errors are raised as VideoError.
+    """
+    temporary = path.with_name(f".{path.stem}-{os.getpid()}{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        raise VideoError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        with suppress(OSError):
+            shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink()
