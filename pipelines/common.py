@@ -1,0 +1,117 @@
+"""What the pipelines share: frames to latents and back, text, DDIM tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import PIL.Image
+import torch
+from diffusers import DDIMInverseScheduler, DDIMScheduler
+from diffusers.utils import BaseOutput
+from torch import Tensor
+
+from tvkernels.pipelines.checks import ModelError
+
+
+@dataclass
+class VideoEditOutput(BaseOutput):
+    """Frames of the edited clip: [[PIL, ...]], np [1, F, H, W, 3], pt [1, F, 3, H, W] or latents."""
+
+    frames: list | np.ndarray | Tensor
+
+
+def ddim_schedulers(scheduler) -> tuple[DDIMScheduler, DDIMInverseScheduler]:
+    """DDIM and its inversion with a model's own noise schedule.
+
+    From the model's configuration: the constructors' defaults clip samples and end at alpha 1,
+    which no SD-1.x model was trained with.
+    """
+    config = dict(scheduler.config)
+    config.update(clip_sample=False, set_alpha_to_one=False)
+    if config.get("prediction_type", "epsilon") != "epsilon":
+        raise ModelError(
+            f"the model predicts {config['prediction_type']}, these methods need epsilon: "
+            "give a Stable Diffusion 1.x model"
+        )
+    return DDIMScheduler.from_config(config), DDIMInverseScheduler.from_config(config)
+
+
+def ddim_table(scheduler, steps: int, guidance: float, device) -> tuple[Tensor, Tensor]:
+    """Timesteps [steps] and float32 rows [steps, 3] of (alpha_bar, target alpha_bar, guidance).
+
+    Rows are what `tvkernels.guided_ddim_step` reads; both directions, by the scheduler's class.
+    """
+    scheduler.set_timesteps(steps, device=device)
+    timesteps = scheduler.timesteps
+    alphas = scheduler.alphas_cumprod.to(device)
+    stride = scheduler.config.num_train_timesteps // steps
+    if isinstance(scheduler, DDIMInverseScheduler):
+        source, end = timesteps - stride, scheduler.initial_alpha_cumprod
+        alpha, target = _alpha(alphas, source, end), alphas[timesteps]
+    else:
+        alpha, target = alphas[timesteps], _alpha(alphas, timesteps - stride, scheduler.final_alpha_cumprod)
+    rows = torch.stack([alpha, target, torch.full_like(alpha, guidance)], 1)
+    return timesteps, rows.float()
+
+
+def _alpha(alphas: Tensor, timesteps: Tensor, end) -> Tensor:
+    inside = alphas[timesteps.clamp(0, len(alphas) - 1)]
+    return torch.where(timesteps >= 0, inside, torch.as_tensor(end, device=alphas.device))
+
+
+def frames_to_tensor(video, multiple: int) -> Tensor:
+    """A clip as float32 [F, 3, H, W] in [-1, 1].
+
+    Args:
+        video: uint8 [F, H, W, 3], a sequence of PIL images, or a float tensor [F, 3, H, W] in [0, 1].
+        multiple: what both sides must divide by.
+    Raises:
+        ValueError: no frames, frames of several sizes, or sides that do not divide.
+    """
+    if isinstance(video, Sequence) and len(video) and isinstance(video[0], PIL.Image.Image):
+        sizes = {frame.size for frame in video}
+        if len(sizes) > 1:
+            raise ValueError(f"the frames have several sizes: {sorted(sizes)}")
+        video = np.stack([np.asarray(frame.convert("RGB")) for frame in video])
+    if isinstance(video, np.ndarray) and video.dtype == np.uint8 and video.ndim == 4:
+        video = torch.from_numpy(np.ascontiguousarray(video)).permute(0, 3, 1, 2).float() / 255
+    if not isinstance(video, Tensor) or video.dim() != 4 or video.shape[1] != 3 or not len(video):
+        raise ValueError(
+            "video must be uint8 [F, H, W, 3], PIL images, or a float tensor [F, 3, H, W] in [0, 1]"
+        )
+    h, w = video.shape[2:]
+    if h % multiple or w % multiple or not h * w:
+        raise ValueError(f"frames of {w}x{h} pixels: both sides must be multiples of {multiple}")
+    return video.float() * 2 - 1
+
+
+@torch.no_grad()
+def encode_frames(vae, pixels: Tensor, chunk: int = 8) -> Tensor:
+    """[F, 3, H, W] in [-1, 1] -> scaled latents [F, 4, h, w], the posterior's mode."""
+    parts = [
+        vae.encode(part.to(vae.device, vae.dtype)).latent_dist.mode() for part in pixels.split(chunk)
+    ]
+    return torch.cat(parts) * vae.config.scaling_factor
+
+
+@torch.no_grad()
+def decode_latents(vae, latents: Tensor, chunk: int = 8) -> Tensor:
+    """Scaled latents [F, 4, h, w] -> float32 pixels [F, 3, H, W] in [0, 1]."""
+    latents = latents.to(vae.dtype) / vae.config.scaling_factor
+    pixels = torch.cat([vae.decode(part).sample.float() for part in latents.split(chunk)])
+    return (pixels / 2 + 0.5).clamp(0, 1)
+
+
+@torch.no_grad()
+def encode_text(tokenizer, text_encoder, prompts: list[str]) -> Tensor:
+    """Text states [B, L, C] of B prompts; longer ones are cut at the tokenizer's length."""
+    tokens = tokenizer(
+        prompts,
+        padding="max_length",
+        max_length=tokenizer.model_max_length,
+        truncation=True,
+        return_tensors="pt",
+    )
+    return text_encoder(tokens.input_ids.to(text_encoder.device))[0]

@@ -1,0 +1,342 @@
+"""One-shot video editing: tune on the clip, invert it, sample with another prompt.
+
+The loop that Tune-A-Video and EI2 share; a method is its `Settings`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from diffusers import DiffusionPipeline
+from diffusers.utils.torch_utils import randn_tensor
+from diffusers.video_processor import VideoProcessor
+from torch import Tensor
+
+import tvkernels
+from tvkernels import guided_ddim_step, inflate
+from tvkernels.pipelines.cache import Cache, content_key
+from tvkernels.pipelines.checks import check_unet
+from tvkernels.pipelines.common import (
+    VideoEditOutput,
+    ddim_schedulers,
+    ddim_table,
+    decode_latents,
+    encode_frames,
+    encode_text,
+    frames_to_tensor,
+)
+from tvkernels.recipes import Recipe
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A method's numbers.
+
+    Args:
+        recipe: the video UNet.
+        frames: frames the method was published with; a default, not a limit.
+        tune_steps, learning_rate, weight_decay: one-shot tuning with AdamW; 0 steps tune nothing.
+        steps: DDIM steps of inversion and of sampling.
+        guidance: classifier-free guidance scale of sampling.
+        inversion_prompt: what the inversion is told.
+    """
+
+    recipe: Recipe
+    frames: int
+    tune_steps: int
+    learning_rate: float
+    weight_decay: float
+    steps: int
+    guidance: float
+    inversion_prompt: str = ""
+
+
+class OneShotPipeline(DiffusionPipeline):
+    """Edits a clip with an SD-1.x model: `fit`, `invert`, then call with the new prompt.
+
+    The pipeline owns its UNet: it is inflated on construction, and `pipe.handle.remove()` gives the
+    2-D UNet back. Further prompts on the same clip need neither `fit` nor `invert` again.
+
+    Args:
+        vae, text_encoder, tokenizer, unet, scheduler: of an SD-1.x model in diffusers' layout; any
+            scheduler, whose noise schedule DDIM then follows.
+        settings: other numbers than the method's own.
+        backend: of frame_attention.
+    """
+
+    model_cpu_offload_seq = "text_encoder->unet->vae"
+    _callback_tensor_inputs = ("latents", "prompt_embeds")
+    settings: Settings
+
+    def __init__(
+        self, vae, text_encoder, tokenizer, unet, scheduler,
+        settings: Settings | None = None, backend: str = "auto",
+    ):  # fmt: skip
+        super().__init__()
+        check_unet(unet.config)
+        forward, self.inverse_scheduler = ddim_schedulers(scheduler)
+        self.register_modules(
+            vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=forward
+        )
+        self.settings = settings or type(self).settings
+        self.backend = backend
+        self.video_processor = VideoProcessor(do_resize=False)
+        self.inverted: Tensor | None = None
+        self._interrupt = False
+        self._shape: torch.Size | None = None
+        self._tuned_key: str | None = None
+        self.handle = None
+        self._inflate(torch.Generator().manual_seed(0))
+
+    @property
+    def multiple(self) -> int:
+        """What both sides of a frame, in pixels, must divide by."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @property
+    def interrupt(self) -> bool:
+        """Set `_interrupt` to leave the sampling loop after the step under way."""
+        return self._interrupt
+
+    def _inflate(self, generator: torch.Generator | None) -> None:
+        if self.handle is not None:
+            self.handle.remove()
+        recipe = self.settings.recipe
+        self.handle = inflate(self.unet, recipe, backend=self.backend, generator=generator)
+
+    def _encode_video(self, video, chunk: int) -> Tensor:
+        pixels = frames_to_tensor(video, self.multiple)
+        return encode_frames(self.vae, pixels.to(self._execution_device), chunk)
+
+    def fit(
+        self,
+        video,
+        prompt: str,
+        *,
+        num_steps: int | None = None,
+        learning_rate: float | None = None,
+        generator: torch.Generator | None = None,
+        gradient_checkpointing: bool = False,
+        decode_chunk_size: int = 8,
+        cache: Cache | None = None,
+    ) -> OneShotPipeline:
+        """Tunes the recipe's parameters on one clip and its prompt (EI2, eq. 2), from fresh weights.
+
+        Args:
+            video: uint8 [F, H, W, 3], PIL images, or float [F, 3, H, W] in [0, 1].
+            prompt: what the clip shows.
+            num_steps, learning_rate: in place of the settings'; a recipe that tunes nothing takes no
+                steps.
+            generator: draws the added weights, noise and timesteps.
+            gradient_checkpointing: less memory, the same result.
+            decode_chunk_size: frames the VAE sees at once.
+            cache: takes the tuned weights from here if they are there, and keeps them if not.
+        Returns:
+            The pipeline.
+        Raises:
+            ValueError: frames that do not fit the model, or a float16 model.
+        """
+        steps = self.settings.tune_steps if num_steps is None else num_steps
+        steps = steps if self.settings.recipe.tuned else 0
+        rate = self.settings.learning_rate if learning_rate is None else learning_rate
+        self.handle.remove()
+        latents = self._encode_video(video, decode_chunk_size)
+        key = None
+        if cache is not None:
+            key = self._content_key(latents, prompt, steps, rate, generator)
+        self._shape, self._tuned_key, self.inverted = latents.shape, key, None
+        self._inflate(generator)
+        if not steps:
+            return self
+        if self.unet.dtype == torch.float16:
+            raise ValueError("float16 cannot be tuned: load the model with dtype=torch.float32")
+        state = cache.load(key) if cache is not None else None
+        if state is None:
+            if gradient_checkpointing:
+                self.unet.enable_gradient_checkpointing()
+            self._tune(latents, prompt, steps, rate, generator)
+            if gradient_checkpointing:
+                self.unet.disable_gradient_checkpointing()
+            if cache is not None:
+                cache.save(key, self.handle.tuned_state())
+        else:
+            self.handle.load_tuned_state(state)
+        return self
+
+    def _content_key(self, latents, prompt, steps, rate, generator) -> str:
+        """Everything tuned weights depend on, taken while the UNet is as it was loaded."""
+        seed = torch.Generator().get_state() if generator is None else generator.get_state()
+        return content_key(
+            version=tvkernels.__version__, torch=torch.__version__, latents=latents, prompt=prompt,
+            steps=steps, rate=rate, seed=seed, settings=repr(asdict(self.settings)),
+            unet=self.unet, text_encoder=self.text_encoder, vae=self.vae,
+            schedule=self.scheduler.alphas_cumprod,
+        )  # fmt: skip
+
+    def _tune(self, latents: Tensor, prompt: str, steps: int, rate: float, generator) -> None:
+        device, frames = latents.device, latents.shape[0]
+        text = self._encode_prompts([prompt])
+        parameters = list(self.handle.tuned_parameters().values())
+        optimizer = torch.optim.AdamW(
+            parameters, lr=rate, weight_decay=self.settings.weight_decay
+        )
+        self.unet.train()
+        last = self.scheduler.config.num_train_timesteps
+        with self.progress_bar(total=steps) as bar:
+            for _ in range(steps):
+                draw = device if generator is None else generator.device
+                t = torch.randint(last, (1,), generator=generator, device=draw).to(device)
+                noise = randn_tensor(latents.shape, generator, device, latents.dtype)
+                noisy = self.scheduler.add_noise(latents, noise, t)
+                loss = F.mse_loss(self._unet(noisy, t, text, frames).float(), noise.float())
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                bar.set_postfix(loss=f"{loss.item():.4f}")
+                bar.update()
+        self.unet.eval()
+
+    @torch.no_grad()
+    def invert(
+        self,
+        video,
+        *,
+        num_inference_steps: int | None = None,
+        decode_chunk_size: int = 8,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """DDIM inversion of a clip under the tuned UNet, without guidance.
+
+        Args:
+            video: as for `fit`.
+            num_inference_steps: in place of the settings'; sample with the same number.
+            decode_chunk_size: frames the VAE sees at once.
+            cache: as for `fit`; used where `fit` used one.
+        Returns:
+            The noise [F, 4, h, w] from which sampling starts, also kept as `inverted`.
+        """
+        steps = self.settings.steps if num_inference_steps is None else num_inference_steps
+        latents = self._encode_video(video, decode_chunk_size)
+        key = None
+        if cache is not None and self._tuned_key is not None:
+            key = content_key(tuned=self._tuned_key, latents=latents, steps=steps)
+            kept = cache.load(key)
+            if kept is not None:
+                self.inverted = kept["latents"].to(latents)
+                return self.inverted
+        text = self._encode_prompts([self.settings.inversion_prompt])
+        timesteps, rows = ddim_table(self.inverse_scheduler, steps, 1.0, latents.device)
+        with self.progress_bar(total=steps) as bar:
+            for t, row in zip(timesteps, rows, strict=True):
+                noise = self._unet(latents, t, text, latents.shape[0])
+                latents = guided_ddim_step(latents, noise, row)
+                bar.update()
+        if key is not None:
+            cache.save(key, {"latents": latents})
+        self.inverted = latents
+        return latents
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str,
+        *,
+        video=None,
+        latents: Tensor | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        negative_prompt: str = "",
+        generator: torch.Generator | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        decode_chunk_size: int = 8,
+    ) -> VideoEditOutput | tuple:
+        """Samples the edited clip.
+
+        Args:
+            prompt: what the edited clip shall show.
+            video: a clip to invert first.
+            latents: [F, 4, h, w] start noise; none takes what `invert` left, else fresh noise for
+                the clip that `fit` saw.
+            num_inference_steps, guidance_scale: in place of the settings'; guidance 1 or less
+                samples without the unconditional half.
+            negative_prompt: what the unconditional half is told.
+            generator: draws that fresh noise; DDIM itself draws nothing.
+            output_type: "pil", "np", "pt" or "latent".
+            return_dict: a `VideoEditOutput`, else a tuple of its frames.
+            callback_on_step_end: called as f(pipe, step, timestep, tensors) after each step; what
+                it returns under the same names takes effect.
+            callback_on_step_end_tensor_inputs: names out of `_callback_tensor_inputs`.
+            decode_chunk_size: frames the VAE sees at once.
+        Raises:
+            ValueError: nothing to start from, or unknown callback inputs or output type.
+        """
+        unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
+        if unknown:
+            raise ValueError(
+                f"callback inputs {sorted(unknown)} are not among {self._callback_tensor_inputs}"
+            )
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"unknown output_type {output_type!r}: use pil, np, pt or latent")
+        steps = self.settings.steps if num_inference_steps is None else num_inference_steps
+        guidance = self.settings.guidance if guidance_scale is None else guidance_scale
+        if video is not None:
+            latents = self.invert(
+                video, num_inference_steps=steps, decode_chunk_size=decode_chunk_size
+            )
+        latents = self.inverted if latents is None else latents
+        if latents is None:
+            if self._shape is None:
+                raise ValueError("nothing to edit: pass video= or latents=, or call invert() first")
+            latents = randn_tensor(self._shape, generator, self._execution_device)
+        self._interrupt = False
+        guided = guidance > 1
+        prompts = [negative_prompt, prompt] if guided else [prompt]
+        prompt_embeds = self._encode_prompts(prompts)
+        latents = latents.to(self._execution_device, prompt_embeds.dtype)
+        timesteps, rows = ddim_table(self.scheduler, steps, guidance, latents.device)
+        with self.progress_bar(total=steps) as bar:
+            for i, t in enumerate(timesteps):
+                if self.interrupt:
+                    continue
+                batch = torch.cat([latents, latents]) if guided else latents
+                noise = self._unet(batch, t, prompt_embeds, latents.shape[0])
+                latents = guided_ddim_step(latents, noise, rows[i])
+                if callback_on_step_end is not None:
+                    tensors = {"latents": latents, "prompt_embeds": prompt_embeds}
+                    asked = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
+                    changed = callback_on_step_end(self, i, t, asked) or {}
+                    latents = changed.pop("latents", latents)
+                    prompt_embeds = changed.pop("prompt_embeds", prompt_embeds)
+                bar.update()
+        frames = self._decode(latents, output_type, decode_chunk_size)
+        self.maybe_free_model_hooks()
+        return VideoEditOutput(frames=frames) if return_dict else (frames,)
+
+    def _decode(self, latents: Tensor, output_type: str, chunk: int):
+        if output_type == "latent":
+            return latents
+        pixels = decode_latents(self.vae, latents, chunk)[None]
+        if output_type == "pt":
+            return pixels
+        return self.video_processor.postprocess_video(
+            pixels.transpose(1, 2) * 2 - 1, output_type=output_type
+        )
+
+    def _encode_prompts(self, prompts: list[str]) -> Tensor:
+        return encode_text(self.tokenizer, self.text_encoder, prompts).to(self.unet.dtype)
+
+    def _unet(self, latents: Tensor, t: Tensor, text: Tensor, frames: int) -> Tensor:
+        return self.unet(
+            latents,
+            t,
+            encoder_hidden_states=text,
+            cross_attention_kwargs={"num_frames": frames},
+            return_dict=False,
+        )[0]

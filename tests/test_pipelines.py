@@ -1,0 +1,374 @@
+"""The one-shot pipelines: diffusers' conventions, DDIM against its schedulers, bytes, cache."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import logging
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMInverseScheduler,
+    DDIMScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from tvkernels.demo import MODEL_DIR
+from tvkernels.pipelines import METHODS, pipeline_class
+from tvkernels.pipelines.cache import Cache, content_key
+from tvkernels.pipelines.checks import ModelError, check_model_folder, check_unet
+from tvkernels.pipelines.one_shot import OneShotPipeline
+from tvkernels.recipes import ABLATIONS
+
+PROMPT = "a red circle on a blue striped background"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A random SD-1.x model in miniature, in diffusers' layout, with SD-1.4's PNDM scheduler."""
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=4, block_out_channels=(16, 32, 32, 32), layers_per_block=1,
+        norm_num_groups=8, cross_attention_dim=16, attention_head_dim=4,
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8, 8, 8), norm_num_groups=4, latent_channels=4, sample_size=32,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+    )  # fmt: skip
+    tokenizer = CLIPTokenizer.from_pretrained(MODEL_DIR / "tokenizer")
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, max_position_embeddings=tokenizer.model_max_length,
+    )  # fmt: skip
+    scheduler = PNDMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True,
+        set_alpha_to_one=False, steps_offset=1,
+    )  # fmt: skip
+    path = tmp_path_factory.mktemp("model")
+    StableDiffusionPipeline(
+        vae, CLIPTextModel(config), tokenizer, unet, scheduler, None, None,
+        requires_safety_checker=False,
+    ).save_pretrained(path)  # fmt: skip
+    return path
+
+
+@pytest.fixture
+def load(folder):
+    def make(method="ei2", **kwargs):
+        pipe = pipeline_class(method).from_pretrained(folder, **kwargs)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    return make
+
+
+@pytest.fixture
+def clip():
+    return np.random.default_rng(0).integers(0, 255, (3, 32, 48, 3), dtype=np.uint8)
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_edits_a_clip_whole(load, clip, method):
+    pipe = load(method)
+    pipe.fit(clip, PROMPT, num_steps=1, generator=seeded())
+    noise = pipe.invert(clip, num_inference_steps=2)
+    frames = pipe("a blue star", num_inference_steps=2, output_type="pil").frames
+    assert noise.shape == (3, 4, 4, 6)
+    assert len(frames) == 1 and len(frames[0]) == 3 and frames[0][0].size == (48, 32)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_keeps_the_conventions_of_diffusers(method):
+    parameters = inspect.signature(pipeline_class(method).__call__).parameters
+    assert {"video", "generator", "callback_on_step_end", "output_type"} <= set(parameters)
+    assert pipeline_class(method).model_cpu_offload_seq == "text_encoder->unet->vae"
+
+
+def test_output_types(load, clip):
+    pipe = load("frame-by-frame")
+    pipe.invert(clip, num_inference_steps=1)
+    shapes = {
+        kind: pipe("", num_inference_steps=1, output_type=kind, return_dict=False)[0].shape
+        for kind in ("np", "pt", "latent")
+    }
+    assert shapes == {"np": (1, 3, 32, 48, 3), "pt": (1, 3, 3, 32, 48), "latent": (3, 4, 4, 6)}
+    with pytest.raises(ValueError, match="output_type"):
+        pipe("", output_type="jpg")
+
+
+def test_inversion_is_diffusers_own(load, clip):
+    """Frame by frame the whole pipeline has an independent witness: diffusers' loop."""
+    pipe = load("frame-by-frame")
+    noise = pipe.invert(clip, num_inference_steps=5)
+    pipe.handle.remove()
+    pixels = torch.from_numpy(clip).permute(0, 3, 1, 2) / 127.5 - 1
+    with torch.no_grad():
+        latents = pipe.vae.encode(pixels).latent_dist.mode() * pipe.vae.config.scaling_factor
+        tokens = pipe.tokenizer("", padding="max_length", return_tensors="pt").input_ids
+        text = pipe.text_encoder(tokens)[0].repeat(3, 1, 1)
+        scheduler = DDIMInverseScheduler.from_config(pipe.scheduler.config)
+        scheduler.set_timesteps(5)
+        for t in scheduler.timesteps:
+            latents = scheduler.step(pipe.unet(latents, t, text).sample, t, latents).prev_sample
+    torch.testing.assert_close(noise, latents, rtol=1e-4, atol=1e-4)
+
+
+def test_sampling_is_diffusers_own(load, clip):
+    pipe = load("frame-by-frame")
+    start = pipe.invert(clip, num_inference_steps=5)
+    result = pipe(
+        "a star", num_inference_steps=5, guidance_scale=3.0, negative_prompt="red",
+        output_type="latent", return_dict=False,
+    )[0]  # fmt: skip
+    pipe.handle.remove()
+    latents = start
+    scheduler = DDIMScheduler.from_config(
+        pipe.scheduler.config, clip_sample=False, set_alpha_to_one=False
+    )
+    scheduler.set_timesteps(5)
+    with torch.no_grad():
+        tokens = pipe.tokenizer(["red", "a star"], padding="max_length", return_tensors="pt")
+        text = pipe.text_encoder(tokens.input_ids)[0].repeat_interleave(3, 0)
+        for t in scheduler.timesteps:
+            low, high = pipe.unet(torch.cat([latents] * 2), t, text).sample.chunk(2)
+            latents = scheduler.step(low + 3.0 * (high - low), t, latents).prev_sample
+    torch.testing.assert_close(result, latents, rtol=1e-4, atol=1e-4)
+
+
+def test_inversion_and_sampling_return_to_the_clip():
+    """The round trip of the shipped model: guidance 1, the inversion's prompt, its own world."""
+    from tvkernels.demo.world import edit_pair
+
+    source = edit_pair(0)[0].render(64, 64)
+    pipe = pipeline_class("frame-by-frame").from_pretrained(MODEL_DIR)
+    pipe.set_progress_bar_config(disable=True)
+    frames = source.frames[:2]
+    clean = pipe._encode_video(frames, 2)
+    errors = []
+    for steps in (5, 40):
+        pipe.invert(frames, num_inference_steps=steps)
+        back = pipe("", num_inference_steps=steps, guidance_scale=1.0, output_type="latent")
+        errors.append((back.frames - clean).pow(2).mean().sqrt().item())
+    assert errors[1] < errors[0] / 2, errors
+    assert errors[1] < 0.1 * clean.std().item(), errors
+
+
+def test_the_same_seed_gives_the_same_bytes(load, clip):
+    results = []
+    for seed in (1, 1, 2):
+        pipe = load().fit(clip, PROMPT, num_steps=2, generator=seeded(seed))
+        pipe.invert(clip, num_inference_steps=2)
+        results.append(pipe("a star", num_inference_steps=2, output_type="np").frames)
+    assert np.array_equal(results[0], results[1])
+    assert not np.array_equal(results[0], results[2])
+
+
+def test_fitting_again_starts_afresh(load, clip):
+    pipe = load()
+    first = pipe.fit(clip, PROMPT, num_steps=2, generator=seeded()).handle.tuned_state()
+    second = pipe.fit(clip, PROMPT, num_steps=2, generator=seeded()).handle.tuned_state()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_tuning_lowers_the_loss_and_touches_the_tuned_alone(load, clip):
+    pipe = load("ei2")
+    frozen = {n: p.clone() for n, p in pipe.unet.named_parameters() if not p.requires_grad}
+    losses = []
+    progress = pipe.progress_bar
+
+    def recording(*args, **kwargs):
+        bar = progress(*args, **kwargs)
+        bar.set_postfix = lambda loss: losses.append(float(loss))
+        return bar
+
+    pipe.progress_bar = recording
+    pipe.fit(clip, PROMPT, num_steps=40, learning_rate=1e-2, generator=seeded())
+    assert sum(losses[-10:]) < sum(losses[:10])
+    assert all(torch.equal(frozen[n], p) for n, p in pipe.unet.named_parameters() if n in frozen)
+
+
+def test_gradient_checkpointing_changes_nothing(load, clip):
+    states = [
+        load()
+        .fit(clip, PROMPT, num_steps=2, generator=seeded(), gradient_checkpointing=on)
+        .handle.tuned_state()
+        for on in (False, True)
+    ]
+    for name in states[0]:
+        torch.testing.assert_close(states[0][name], states[1][name], rtol=1e-5, atol=1e-6)
+
+
+def test_removing_the_handle_gives_the_loaded_unet_back(load, clip):
+    pipe = load()
+    pipe.handle.remove()
+    before = {n: t.clone() for n, t in pipe.unet.state_dict().items()}
+    pipe = load().fit(clip, PROMPT, num_steps=2, generator=seeded())
+    pipe.handle.remove()
+    after = pipe.unet.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[n], after[n]) for n in before)
+
+
+def test_callback_sees_and_changes_tensors_and_interrupt_leaves_the_loop(load, clip):
+    pipe = load("frame-by-frame")
+    pipe.invert(clip, num_inference_steps=3)
+    seen = []
+
+    def callback(pipe, step, timestep, tensors):
+        seen.append((step, int(timestep), sorted(tensors)))
+        pipe._interrupt = step == 1
+        return {"latents": torch.zeros_like(tensors["latents"])}
+
+    out = pipe(
+        "a star", num_inference_steps=3, output_type="latent", callback_on_step_end=callback,
+        callback_on_step_end_tensor_inputs=["latents", "prompt_embeds"],
+    )  # fmt: skip
+    assert [s[0] for s in seen] == [0, 1] and seen[0][2] == ["latents", "prompt_embeds"]
+    assert not out.frames.any()
+    with pytest.raises(ValueError, match="latnts"):
+        pipe("", callback_on_step_end_tensor_inputs=["latnts"])
+
+
+def test_without_inversion_sampling_starts_from_seeded_noise(load, clip):
+    pipe = load()
+    with pytest.raises(ValueError, match="nothing to edit"):
+        pipe("a star")
+    pipe.fit(clip, PROMPT, num_steps=0)
+    a, b, c = (
+        pipe("a star", num_inference_steps=1, output_type="latent", generator=seeded(s)).frames
+        for s in (0, 0, 1)
+    )
+    assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+def test_settings_and_recipes_are_data(load, clip):
+    recipe = ABLATIONS["tav-instance-norm"]
+    published = pipeline_class("tune-a-video").settings
+    settings = dataclasses.replace(published, recipe=recipe, steps=2)
+    pipe = load("tune-a-video", settings=settings)
+    pipe.invert(clip)
+    assert pipe.handle.recipe is recipe
+    assert pipe("x", output_type="latent").frames.shape == (3, 4, 4, 6)
+
+
+
+
+def test_cache_skips_what_was_done_and_recomputes_what_is_broken(load, clip, tmp_path, caplog):
+    cache = Cache(tmp_path)
+
+    def run():
+        pipe = load()
+        tuned = []
+        tune = pipe._tune
+        pipe._tune = lambda *a: (tuned.append(True), tune(*a))
+        pipe.fit(clip, PROMPT, num_steps=1, generator=seeded(), cache=cache)
+        noise = pipe.invert(clip, num_inference_steps=2, cache=cache)
+        return bool(tuned), noise
+
+    first, noise = run()
+    assert first and len(list(tmp_path.iterdir())) == 2
+    again, kept = run()
+    assert not again and torch.equal(noise, kept)
+    for path in tmp_path.iterdir():
+        data = bytearray(path.read_bytes())
+        data[-5] ^= 1
+        path.write_bytes(data)
+    with caplog.at_level(logging.WARNING):
+        again, kept = run()
+    assert again and torch.equal(noise, kept)
+    assert "checksum" in caplog.text
+    next(iter(tmp_path.iterdir())).write_bytes(b"short")
+    assert run()[1].equal(noise)
+
+
+def test_cache_writes_nothing_by_halves(tmp_path, monkeypatch):
+    cache = Cache(tmp_path)
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tvkernels.pipelines.cache.save_file", full)
+    with pytest.raises(OSError, match="No space"):
+        cache.save("key", {"x": torch.ones(2)})
+    assert not list(tmp_path.iterdir())
+
+
+def test_cache_keys_follow_content(load, clip):
+    pipe = load()
+    pipe.handle.remove()
+    latents = pipe._encode_video(clip, 8)
+
+    def key(**changes):
+        parts = {"latents": latents, "prompt": PROMPT, "steps": 2, "rate": 1.0}
+        return pipe._content_key(**{**parts, **changes}, generator=seeded())
+
+    keys = {key(), key(prompt="x"), key(steps=3), key(rate=2.0), key(latents=latents + 1)}
+    assert len(keys) == 5 and key() in keys
+    with torch.no_grad():
+        pipe.unet.conv_in.bias += 1
+    assert key() not in keys
+    assert content_key(a=torch.ones(2)) != content_key(a=torch.ones(2, 1))
+
+
+@pytest.mark.parametrize(
+    ("video", "message"),
+    [
+        (np.zeros((2, 30, 32, 3), np.uint8), "multiples of 8"),
+        (np.zeros((0, 32, 32, 3), np.uint8), "video must be"),
+        (np.zeros((2, 32, 32), np.uint8), "video must be"),
+        ([PIL.Image.new("RGB", (32, 32)), PIL.Image.new("RGB", (40, 32))], "several sizes"),
+    ],
+)
+def test_clips_that_do_not_fit_are_refused(load, video, message):
+    with pytest.raises(ValueError, match=message):
+        load("frame-by-frame").invert(video)
+
+
+def test_models_of_other_kinds_are_refused(folder, tmp_path):
+    with pytest.raises(ModelError, match="SDXL"):
+        check_unet({"addition_embed_type": "text_time"})
+    with pytest.raises(ModelError, match="UNet3D"):
+        check_unet({"_class_name": "UNet3DConditionModel"})
+    with pytest.raises(ModelError, match="9 channels"):
+        check_unet({"in_channels": 9})
+    with pytest.raises(ModelError, match="model_index"):
+        check_model_folder(tmp_path)
+    (tmp_path / "model_index.json").write_text("{}")
+    with pytest.raises(ModelError, match="unet"):
+        check_model_folder(tmp_path)
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet" / "config.json").write_text(json.dumps({"in_channels": 9}))
+    with pytest.raises(ModelError, match="9 channels"):
+        check_model_folder(tmp_path)
+    with pytest.raises(ModelError, match="not a model directory"):
+        check_model_folder(tmp_path / "absent" / "model")
+    check_model_folder(folder)
+    check_model_folder("some/hub-name")
+
+
+def test_v_prediction_and_float16_tuning_are_refused(load, folder, clip):
+    pipe = load()
+    parts = {**pipe.components, "scheduler": DDIMScheduler(prediction_type="v_prediction")}
+    pipe.handle.remove()
+    with pytest.raises(ModelError, match="v_prediction"):
+        OneShotPipeline(**parts)
+    pipe = load().to(torch.float16)
+    with pytest.raises(ValueError, match="float16"):
+        pipe.fit(clip, PROMPT, num_steps=1)
+
+
+def test_unknown_methods_name_the_known():
+    with pytest.raises(ValueError, match="tune-a-video"):
+        pipeline_class("tune-a-vid")

@@ -1,0 +1,53 @@
+"""How a batch of images is a clip: the frame count and picture size of the call under way."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass
+class Clip:
+    """Shared by all patched layers of one model; the model's pre-hook fills in each call.
+
+    Frames lie in the batch, guidance-major: [B * F, ...] with all frames of one sample together.
+    Gradient checkpointing reads it again in the backward pass, which therefore comes before the
+    next call with other frames or another size.
+
+    Args:
+        num_frames: frames per clip for every call; None takes the call's own word, else the batch.
+        call_frames: frames per clip of the call under way.
+        size: (h, w) of the call's latents, from which each layer's token grid follows.
+    """
+
+    num_frames: int | None = None
+    call_frames: int | None = None
+    size: tuple[int, int] | None = None
+
+    def frames(self, batch: int, num_frames: int | None = None) -> int:
+        """Frames per clip in a batch.
+
+        Raises:
+            ValueError: the frames do not divide the batch.
+        """
+        told = (num_frames, self.call_frames, self.num_frames)
+        frames = next((n for n in told if n is not None), batch)
+        if frames < 1 or batch % frames:
+            raise ValueError(
+                f"a batch of {batch} images does not hold whole clips of {frames} frames: "
+                "the batch is [B * F, ...], guidance halves first"
+            )
+        return frames
+
+    def split(self, x: Tensor, num_frames: int | None = None) -> Tensor:
+        """[B * F, ...] as [B, F, ...]."""
+        frames = self.frames(x.shape[0], num_frames) if x.shape[0] else 1
+        return x.unflatten(0, (-1 if x.shape[0] else 0, frames))
+
+    def grid(self, tokens: int) -> tuple[int, int] | None:
+        """(h, w) of a layer with that many tokens: the latents' size halved, rounding up."""
+        h, w = self.size or (0, 0)
+        while h * w > tokens and h * w > 1:
+            h, w = -(-h // 2), -(-w // 2)
+        return (h, w) if h * w == tokens else None

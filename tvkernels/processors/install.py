@@ -1,0 +1,198 @@
+"""Our processors put into a diffusers model and taken out again, nothing else touched."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from tvkernels.patterns import FramePattern
+from tvkernels.processors.attention import (
+    AttnProcessor,
+    FrameAttnProcessor,
+    TemporalAttnProcessor,
+)
+from tvkernels.processors.clip import Clip
+
+# Layers whose tokens are frames already, in UNetMotionModel and UNet3DConditionModel.
+TEMPORAL_LAYERS = ("motion_modules", "temp_attentions", "transformer_in")
+REPLACEABLE = ("AttnProcessor", "AttnProcessor2_0")
+REMEDIES = {
+    "FusedAttnProcessor2_0": "call unfuse_qkv_projections() first",
+    "SlicedAttnProcessor": "call set_attention_slice(None) first",
+    "XFormersAttnProcessor": "call disable_xformers_memory_efficient_attention() first",
+}
+
+Patterns = FramePattern | Mapping[str, FramePattern]
+
+
+class Handle:
+    """What was changed in a model, and the way back; a context manager that removes itself.
+
+    Args:
+        model: the model to patch.
+        clip: frames and size of the call under way, shared by the patched layers.
+    """
+
+    def __init__(self, model: nn.Module, clip: Clip):
+        refuse_patched(model)
+        self.model, self.clip = model, clip
+        self.processors: dict[str, AttnProcessor] = {}
+        self._layers: dict[str, nn.Module] = {}
+        self._parameters = list(inspect.signature(type(model).forward).parameters)[1:]
+        # Partials and bound methods, not closures: those would tie a deep copy of the model to it.
+        self._undo: list[Callable[[], Any]] = []
+        model._tvkernels_handle = self
+        self._undo.append(partial(delattr, model, "_tvkernels_handle"))
+        hook = model.register_forward_pre_hook(self._enter, with_kwargs=True)
+        self._undo.append(hook.remove)
+
+    @property
+    def layers(self) -> list[str]:
+        """Names of the patched attention layers."""
+        return list(self._layers)
+
+    def set_processor(self, name: str, layer: nn.Module, processor: AttnProcessor) -> None:
+        """Gives one attention layer our processor, to be taken back on removal."""
+        self._undo.append(partial(layer.set_processor, layer.processor))
+        layer.set_processor(processor)
+        self._layers[name], self.processors[name] = layer, processor
+
+    def remove(self) -> None:
+        """Restores the model as it was found; a second call does nothing."""
+        while self._undo:
+            self._undo.pop()()
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.remove()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({type(self.model).__name__}, {len(self._layers)} layers)"
+
+    def _enter(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """Before every call of the model: are we still in place, how many frames, what size."""
+        for name, layer in self._layers.items():
+            if layer.processor is not self.processors[name]:
+                raise RuntimeError(
+                    f"{name} now holds {type(layer.processor).__name__} in place of the tvkernels "
+                    "processor: something replaced it (set_attn_processor, enable_xformers..., "
+                    "attention slicing, IP-Adapter, fuse_qkv_projections). Apply that first, or "
+                    "call handle.remove()"
+                )
+        if "cross_attention_kwargs" in self._parameters[: len(args)]:
+            first = self._parameters.index("cross_attention_kwargs")
+            kwargs = {**dict(zip(self._parameters[first:], args[first:], strict=False)), **kwargs}
+            args = args[:first]
+        named = kwargs.get("cross_attention_kwargs") or {}
+        frames = named.get("num_frames")
+        if "num_frames" in named:
+            # Layers left alone would warn of a keyword that they do not know.
+            rest = {key: value for key, value in named.items() if key != "num_frames"}
+            kwargs = {**kwargs, "cross_attention_kwargs": rest or None}
+        sample = args[0] if args else kwargs["sample"]
+        if sample.dim() == 5:  # [B, C, F, h, w]: UNet3DConditionModel and UNetMotionModel
+            told = self.clip.num_frames if frames is None else frames
+            frames = sample.shape[2]
+            if told not in (None, frames):
+                raise ValueError(f"the sample holds {frames} frames, num_frames says {told}")
+        self.clip.call_frames, self.clip.size = frames, (sample.shape[-2], sample.shape[-1])
+        if sample.dim() == 4:
+            self.clip.frames(sample.shape[0])
+        return args, kwargs
+
+
+def install(
+    model: nn.Module,
+    pattern: Patterns,
+    *,
+    num_frames: int | None = None,
+    backend: str = "auto",
+) -> Handle:
+    """Swaps the self-attention processors of a diffusers model, in place and undoable.
+
+    Serves UNet2DConditionModel and ControlNetModel (frames in the batch, [B * F, C, h, w]) and
+    UNetMotionModel and UNet3DConditionModel, whose layers over frames get `temporal_attention`.
+    Cross-attention is left alone, so text stays [B * F, L, C] there.
+
+    Args:
+        model: any diffusers model with `attn_processors`.
+        pattern: one for all layers, or layer-name prefix -> pattern (the longest prefix wins,
+            layers that none names are left alone): {"up_blocks": ...} for Pix2Video.
+        num_frames: frames per clip; None takes `cross_attention_kwargs={"num_frames": F}` of each
+            call, and without it the whole batch as one clip.
+        backend: of the ops.
+    Returns:
+        The handle: `.layers` names what was patched, `.remove()` restores.
+    Raises:
+        RuntimeError: already patched, or layers hold processors that are not diffusers' defaults
+            (fused, sliced, xformers, ...); the text names them.
+        ValueError: the pattern matches no layer.
+    """
+    clip = Clip(num_frames)
+    chosen = choose_processors(model, pattern, clip, backend)
+    layers = attention_layers(model)
+    handle = Handle(model, clip)
+    for name, processor in chosen.items():
+        handle.set_processor(name, layers[name], processor)
+    return handle
+
+
+def choose_processors(
+    model: nn.Module, pattern: Patterns, clip: Clip, backend: str
+) -> dict[str, AttnProcessor]:
+    """Layer name -> the processor that `install` gives it; raises as `install` does."""
+    refuse_patched(model)
+    patterns = {"": pattern} if isinstance(pattern, FramePattern) else dict(pattern)
+    layers = attention_layers(model)
+    chosen: dict[str, AttnProcessor] = {}
+    for name, layer in layers.items():
+        prefixes = [p for p in patterns if name.startswith(p)]
+        if not prefixes or layer.is_cross_attention:
+            continue
+        if any(part in name for part in TEMPORAL_LAYERS):
+            # In motion modules attn1 and attn2 are both self-attention over frames.
+            chosen[name] = TemporalAttnProcessor(clip, backend)
+        elif name.endswith("attn1"):
+            chosen[name] = FrameAttnProcessor(patterns[max(prefixes, key=len)], clip, backend)
+    if not any(isinstance(p, FrameAttnProcessor) for p in chosen.values()):
+        raise ValueError(
+            f"no self-attention layer of this {type(model).__name__} is named {[*patterns]}"
+        )
+    check_replaceable({name: layers[name] for name in chosen})
+    return chosen
+
+
+def attention_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """name -> diffusers `Attention` layer, in the model's own order."""
+    return {name: m for name, m in model.named_modules() if hasattr(m, "set_processor")}
+
+
+def refuse_patched(model: nn.Module) -> None:
+    """Raises RuntimeError if a handle of ours is on the model."""
+    if getattr(model, "_tvkernels_handle", None) is not None:
+        raise RuntimeError(
+            f"this {type(model).__name__} is already patched by tvkernels: "
+            "call handle.remove() first"
+        )
+
+
+def check_replaceable(layers: Mapping[str, nn.Module]) -> None:
+    """Refuses layers whose processors ours would silently override.
+
+    The processor tells, not `fused_projections`: diffusers leaves that flag on after unfusing.
+    """
+    kinds = {name: type(layer.processor).__name__ for name, layer in layers.items()}
+    reasons = [
+        f"{name} holds {kind}: {REMEDIES.get(kind, 'call set_default_attn_processor() first')}"
+        for name, kind in kinds.items()
+        if kind not in REPLACEABLE
+    ]
+    if reasons:
+        more = f" (and {len(reasons) - 3} more layers)" if len(reasons) > 3 else ""
+        raise RuntimeError("cannot patch this model: " + "; ".join(reasons[:3]) + more)

@@ -1,0 +1,104 @@
+"""A method's video UNet as data: which frames are read, what is added, what is tuned."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from tvkernels.patterns import FramePattern
+
+
+@dataclass(frozen=True)
+class TemporalModule:
+    """Attention over frames, added after the feed-forward of every transformer block.
+
+    Args:
+        norm: what precedes it: "layer_norm", "layer_norm_plain" (no learnable weights), "none",
+            "instance_norm" (over frames, with rescaling) or "centering" (EI2, eq. 6).
+        spectral: W_v and W_L divided by their largest singular value (EI2, eq. 8).
+        start: "zero_weight" (the output's weight zero, its bias as torch draws it: Tune-A-Video)
+            or "zero_bias" (weight as torch draws it, bias zero: EI2, eq. 9).
+    """
+
+    norm: str = "layer_norm"
+    spectral: bool = False
+    start: str = "zero_weight"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a 2-D UNet becomes a method's video UNet; `tvkernels.inflate` carries it out.
+
+    Args:
+        name: the method's name.
+        source: paper and, where public code decided a trap, the code.
+        pattern: frames that self-attention reads, for all layers or ((prefix, pattern), ...).
+        temporal: the module over frames, or None.
+        clip_group_norm: the ResNets' group norms and the last one pool statistics over frames.
+        tuned: parts of parameter names that tuning reaches; everything else is frozen.
+    """
+
+    name: str
+    source: str
+    pattern: FramePattern | tuple[tuple[str, FramePattern], ...]
+    temporal: TemporalModule | None = None
+    clip_group_norm: bool = False
+    tuned: tuple[str, ...] = ()
+
+
+# The plain 2-D UNet: every frame an image of its own.
+FRAME_BY_FRAME = Recipe("frame-by-frame", "Stable Diffusion", FramePattern.own())
+
+# Parity decided on purpose, as the public code has it: group norms of the 5-D ResNets pool over
+# frames; attn_temp.to_out starts with a zero weight but a random bias, so the inflated UNet is not
+# an exact identity at the start; attn_temp has neither positions nor mask.
+TUNE_A_VIDEO = Recipe(
+    "tune-a-video",
+    "Tune-A-Video, ICCV 2023; github.com/showlab/Tune-A-Video attention.py, resnet.py",
+    FramePattern.first_previous(),
+    TemporalModule(),
+    clip_group_norm=True,
+    tuned=("attn1.to_q", "attn2.to_q", "attn_temp"),
+)
+
+# The paper names no pooling operator (ours: average), leaves r at 2 or 4 (ours: 2) and does not
+# name a place for STAM (ours: attn_temp's) or a norm for the ResNets (ours: its baseline's). W_L
+# starts random: a zero start has no spectral norm to divide by, so STAM is not the identity at the
+# start.
+EI2 = Recipe(
+    "ei2",
+    "EI2, NeurIPS 2023, eq. 6, 8, 9, 10",
+    FramePattern.fine_coarse(2),
+    TemporalModule(norm="centering", spectral=True, start="zero_bias"),
+    clip_group_norm=True,
+    tuned=("attn1.to_q", "attn2.to_q", "attn_temp"),
+)
+
+
+def _variant(base: Recipe, name: str, **changes) -> Recipe:
+    temporal = replace(
+        base.temporal, **{k: v for k, v in changes.items() if hasattr(base.temporal, k)}
+    )
+    rest = {k: v for k, v in changes.items() if not hasattr(base.temporal, k)}
+    return replace(base, name=name, temporal=temporal, **rest)
+
+
+# EI2's figure 4 changes Tune-A-Video's temporal module alone; figure 5, EI2's pattern alone.
+ABLATIONS = {
+    recipe.name: recipe
+    for recipe in (
+        _variant(TUNE_A_VIDEO, "tav-layer-norm"),
+        _variant(TUNE_A_VIDEO, "tav-layer-norm-plain", norm="layer_norm_plain"),
+        _variant(TUNE_A_VIDEO, "tav-no-norm", norm="none"),
+        _variant(TUNE_A_VIDEO, "tav-instance-norm", norm="instance_norm"),
+        _variant(TUNE_A_VIDEO, "tav-centering", norm="centering"),
+        _variant(
+            TUNE_A_VIDEO, "tav-centering-spectral",
+            norm="centering", spectral=True, start="zero_bias",
+        ),
+        _variant(EI2, "ei2-sparse-causal", pattern=FramePattern.first_previous()),
+        _variant(EI2, "ei2-r2"),
+        _variant(EI2, "ei2-r4", pattern=FramePattern.fine_coarse(4)),
+    )
+}  # fmt: skip
+
+RECIPES = {recipe.name: recipe for recipe in (FRAME_BY_FRAME, TUNE_A_VIDEO, EI2)}
