@@ -1,25 +1,43 @@
-"""tvkernels: fused attention ops, diffusers processors and lean editing pipelines for SD-1.x video."""
+"""Fused attention ops, diffusers processors and lean editing pipelines for SD-1.x video."""
 
+from tvkernels import recipes
 from tvkernels._dispatch import BackendError
+from tvkernels.inflate import inflate
+from tvkernels.ops.clip_group_norm.api import clip_group_norm
 from tvkernels.ops.frame_attention.api import frame_attention
+from tvkernels.ops.guided_ddim_step.api import ddim_inversion_step, guided_ddim_step
 from tvkernels.ops.instance_center.api import instance_center
+from tvkernels.ops.latent_blend.api import latent_blend
 from tvkernels.ops.shift_restricted_temporal_attention.api import (
     shift_restricted_temporal_attention,
 )
 from tvkernels.ops.spectral_linear.api import power_iteration, spectral_linear, spectral_sigma
 from tvkernels.ops.temporal_attention.api import temporal_attention
+from tvkernels.ops.token_map_attention.api import token_map_attention
 from tvkernels.patterns import FramePattern, FrameTable
+from tvkernels.processors import Handle, install
+from tvkernels.published import load_published
 
 __version__ = "0.1.0"
 __all__ = [
     "BackendError",
     "FramePattern",
     "FrameTable",
+    "Handle",
+    "clip_group_norm",
+    "ddim_inversion_step",
     "frame_attention",
+    "guided_ddim_step",
+    "inflate",
+    "install",
     "instance_center",
+    "latent_blend",
+    "load_published",
     "power_iteration",
+    "recipes",
     "shift_restricted_temporal_attention",
     "spectral_linear",
     "spectral_sigma",
     "temporal_attention",
+    "token_map_attention",
 ]

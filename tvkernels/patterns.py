@@ -9,6 +9,7 @@ to the tensors every kernel reads.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -127,13 +128,12 @@ class FramePattern:
         Raises:
             ValueError: a frame outside the clip or a frame that reads nothing; the text names it.
         """
-        if self.lists is None:
-            raw = [self._rule(f, num_frames) for f in (range(num_frames) if queries is None else queries)]
-        elif queries is not None:
-            raise ValueError("a pattern of explicit rows already names its query frames")
-        else:
-            raw = [list(row) for row in self.lists]
-        return [_merge(row, f, num_frames) for f, row in enumerate(raw)]
+        if self.lists is not None:
+            if queries is not None:
+                raise ValueError("a pattern of explicit rows already names its query frames")
+            return [_merge(list(row), f, num_frames) for f, row in enumerate(self.lists)]
+        frames = range(num_frames) if queries is None else queries
+        return [_merge(self._rule(f, num_frames), f, num_frames) for f in frames]
 
     def _rule(self, f: int, num_frames: int) -> list[Segment]:
         last = num_frames - 1
@@ -145,7 +145,7 @@ class FramePattern:
             if isinstance(anchor, str) and anchor not in named:
                 raise ValueError(f"unknown anchor {anchor!r}: use a number or one of {[*named]}")
             frame = named[anchor] if isinstance(anchor, str) else anchor
-            row.append(Segment(frame + num_frames if frame < 0 else frame))
+            row.append(Segment(frame + num_frames if -num_frames <= frame < 0 else frame))
         row += [Segment(min(max(f + offset, 0), last)) for offset in self.offsets]
         if self.others is not None:
             row += [Segment(j, self.others) for j in range(num_frames) if j != f]
@@ -164,7 +164,7 @@ class FramePattern:
         # A table made under a fake or tracing mode must not outlive it.
         if torch.compiler.is_compiling() or torch._guards.detect_fake_mode() is not None:
             return _build_table(*key, device)
-        return _cached_table(*key, device)
+        return _cached_table(*key, device, "torch._dynamo" in sys.modules)
 
     def materialize(self, num_frames: int, grid: tuple[int, int]) -> Tensor:
         """The dense additive mask, for tests only: float64 [F, keys], -inf where f does not read.
@@ -221,6 +221,7 @@ def _build_table(
     num_frames: int,
     queries: tuple[int, ...] | None,
     device: torch.device,
+    for_compile: bool = False,
 ) -> FrameTable:
     rows = pattern.segments(num_frames, queries)
     flat = [[*s, int(pattern.size_bias and s.level > 0)] for row in rows for s in row]
@@ -232,11 +233,28 @@ def _build_table(
         ends.append(ends[-1] + len(row))
     levels += [0] * (MAX_LEVELS - len(levels))
     with torch.inference_mode(False):  # so that the cached tensors may enter autograd later
-        return FrameTable(
+        table = FrameTable(
             torch.tensor(ends, dtype=torch.int32, device=device),
-            torch.tensor(flat, dtype=torch.int32, device=device).view(-1, 4),
+            # A clone, for the sizes of a view's base are guarded too.
+            torch.tensor(flat, dtype=torch.int32, device=device).view(-1, 4).clone(),
             torch.empty(0, *(2 + r for r in levels), dtype=torch.int32, device=device),
         )
+    if for_compile:
+        _mark_sizes(table)
+    return table
+
+
+def _mark_sizes(table: FrameTable) -> None:
+    """Makes every size of the table a number of its own to torch.compile.
+
+    Unmarked sizes that happen to be equal in the first call (segments and frames of `own`, a level and
+    the batch) are guarded to stay so, and the next pattern recompiles. Called only where torch._dynamo
+    is loaded already: its import takes two seconds.
+    """
+    for tensor, dims in zip(table, ([0], [0], [1, 2]), strict=True):
+        for dim in dims:
+            if tensor.shape[dim] > 1:  # 0 and 1 are constants to the compiler
+                torch._dynamo.mark_dynamic(tensor, dim)
 
 
 _cached_table = lru_cache(maxsize=256)(_build_table)

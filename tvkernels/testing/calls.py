@@ -7,19 +7,29 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from tvkernels.testing.spec import Maker, OpSpec, to_dtype
 
 
-def build(spec: OpSpec, case: str, dtype: torch.dtype = torch.float32, *, wide=None, **make):
+def build(
+    spec: OpSpec,
+    case: str,
+    dtype: torch.dtype = torch.float32,
+    *,
+    wide: torch.dtype | None = None,
+    seed: int = 0,
+    **make,
+):
     """Fresh (positional, keyword) arguments of one case, the same ones on every call.
 
     Args:
         dtype: precision the numbers are rounded to.
         wide: precision the rounded numbers are then kept in; None for `dtype`.
+        seed: another number draws other ones.
         make: options of `Maker`: layout, extreme, device.
     """
-    seed = sum(map(ord, spec.name + case))
+    seed += 1000 * sum(map(ord, spec.name + case))
     args = spec.inputs(spec.cases[case], Maker(seed, dtype, **make))
     positional, keyword = to_dtype(args, wide or dtype)
     # A tensor given twice, or one that an op writes into, must not tie two calls together.
@@ -30,10 +40,8 @@ def build(spec: OpSpec, case: str, dtype: torch.dtype = torch.float32, *, wide=N
 
 
 def tensors(result) -> list[Tensor]:
-    """The tensors of a result, flat."""
-    if isinstance(result, Tensor):
-        return [result]
-    return [x for part in result for x in tensors(part)] if result is not None else []
+    """The tensors in a result or in arguments, flat."""
+    return [x for x in tree_leaves(result) if isinstance(x, Tensor)]
 
 
 def leaves(spec: OpSpec, args) -> dict[int | str, Tensor]:
@@ -48,14 +56,25 @@ def leaves(spec: OpSpec, args) -> dict[int | str, Tensor]:
 
 
 def gradients(spec: OpSpec, args, call: Callable | None = None, **options):
-    """Results, and the gradients of their sum weighted by fixed pseudo-random numbers."""
+    """Results, and the gradients of their sum weighted by fixed pseudo-random numbers.
+
+    Args:
+        args: as `build` gives them.
+        call: what to call with them and `options`, the public function if None.
+    Returns:
+        The results, and position or name -> gradient; zero where none reaches an argument.
+    """
     inputs = leaves(spec, args)
     results = tensors((call or spec.call)(*args[0], **args[1], **options))
     generator = torch.Generator().manual_seed(1)
     grown = [x for x in results if x.requires_grad]
     outer = [torch.randn(x.shape, generator=generator).to(torch.bfloat16).to(x) for x in grown]
     grads = torch.autograd.grad(grown, list(inputs.values()), outer, allow_unused=True)
-    return [x.detach() for x in results], dict(zip(inputs, grads, strict=True))
+    found = {
+        name: torch.zeros_like(x) if grad is None else grad
+        for (name, x), grad in zip(inputs.items(), grads, strict=True)
+    }
+    return [x.detach() for x in results], found
 
 
 class RegisteredCalls(TorchDispatchMode):

@@ -1,4 +1,4 @@
-"""The specification every op carries: named cases, inputs, cost, error budget. Read by all tests."""
+"""The specification of an op: named cases, inputs, cost, error budget. All tests read it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ class OpSpec:
             make(*shape, like=...) returns a fresh random tensor of the case's dtype and device.
         flops, bytes, exps: parameters -> count; bytes for an element size of 2 unless given.
         gradients: names or positions of arguments that gradients reach, () for none.
-        budget: factor of the error budget; a value other than 2 needs its reason beside it.
+        budget, gradient_budget: factors of the error budgets of results and gradients; a value
+            other than 2 needs its reason beside it.
         function: the public function; by default found by its name.
     """
 
@@ -35,6 +36,7 @@ class OpSpec:
     exps: Callable[[Mapping[str, Any]], int] = field(default=lambda case: 0)
     gradients: tuple[int | str, ...] = ()
     budget: float = 2.0
+    gradient_budget: float = 2.0
     function: Callable | None = None
 
     @property
@@ -67,13 +69,19 @@ class Maker:
         self.generator = torch.Generator().manual_seed(seed)
         self.dtype, self.device, self.layout, self.extreme = dtype, device, layout, extreme
 
-    def __call__(self, *shape: int, scale: float = 1.0, positive: bool = False) -> Tensor:
-        """A random tensor [*shape] of standard deviation `scale`, or uniform in [0, 1]."""
+    def __call__(
+        self, *shape: int, scale: float = 1.0, positive: bool = False, plain: bool = False
+    ) -> Tensor:
+        """A random tensor [*shape] of standard deviation `scale`, or uniform in [0, 1].
+
+        A `plain` one, such as a weight, is never made extreme: a product of two huge values leaves
+        float16 in the yardstick too.
+        """
         draw = torch.rand if positive else torch.randn
         x = draw(shape, generator=self.generator, dtype=torch.float64) * scale
-        if self.extreme == "equal":
+        if self.extreme == "equal" and not plain:
             x = torch.full_like(x, 0.5 * scale)
-        if self.extreme == "huge" and x.numel() and not positive:
+        if self.extreme == "huge" and x.numel() and not (positive or plain):
             x.view(-1)[x.numel() // 2] = 100.0 * scale
         x = x.to(self.dtype)  # rounded first, so that every precision sees the same numbers
         if self.layout == "permuted" and x.dim() > 1:
@@ -82,10 +90,12 @@ class Maker:
 
 
 def to_dtype(args, dtype: torch.dtype):
-    """The same (positional, keyword) arguments with floating tensors in another dtype."""
+    """The same (positional, keyword) arguments with narrower floating tensors in `dtype`."""
     positional, keyword = args
 
     def cast(x):
-        return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+        if isinstance(x, Tensor) and x.is_floating_point() and x.element_size() < dtype.itemsize:
+            return x.to(dtype)
+        return x  # never narrowed: an op may ask for float32 beside half inputs
 
     return [cast(x) for x in positional], {name: cast(x) for name, x in keyword.items()}

@@ -115,25 +115,32 @@ def backward(grads, q, k, v, row_ptr, segments, levels, h, w, scale, return_lse)
         for level, (key, value, _) in source.levels.items()
     }
     for f, row in enumerate(rows if q.numel() else ()):
-        key, value, bias = source.gather(row)
-        leaves = [x.detach().requires_grad_() for x in (q[:, f], key, value)]
-        with torch.enable_grad():
-            results = _sdpa(*leaves, bias, scale, return_lse)
-        pairs = [(r, g[:, f].to(r)) for r, g in zip(results, grads, strict=True) if g is not None]
-        outs, outer = zip(*pairs, strict=True)
-        one = torch.autograd.grad(outs, leaves, outer, allow_unused=True)
-        dq[:, f] = one[0]
-        sizes = [source.levels[s.level][0].shape[2] for s in row]
-        for total, part in ((0, one[1]), (1, one[2])):
-            if part is None:  # values do not reach a log-sum-exp
-                continue
-            for segment, piece in zip(row, part.split(sizes, 1), strict=True):
-                summed[segment.level][total][:, segment.frame] += piece
+        outer = [None if g is None or not g.numel() else g[:, f] for g in grads]
+        dq[:, f] = _backward_frame(outer, q[:, f], source, row, summed, scale, return_lse)
     dk, dv = summed.pop(0)
     for level, (dkey, dvalue) in summed.items():
         dk += _unpool(dkey, k, h, w, level)
         dv += _unpool(dvalue, v, h, w, level)
     return [dq, dk, dv]
+
+
+def _backward_frame(grads, q, source: Source, row, summed, scale, return_lse) -> Tensor:
+    """One frame's dq; its dk and dv join `summed`. A call of its own, to let go of all it held."""
+    key, value, bias = source.gather(row)
+    leaves = [x.detach().requires_grad_() for x in (q, key, value)]
+    with torch.enable_grad():
+        results = _sdpa(*leaves, bias, scale, return_lse)
+    pairs = zip(results, grads, strict=True)  # a compiler also sends gradients of no result
+    pairs = [(r, g.to(r)) for r, g in pairs if r is not None and g is not None]
+    outs, outer = zip(*pairs, strict=True)
+    dq, *parts = torch.autograd.grad(outs, leaves, outer, allow_unused=True)
+    sizes = [source.levels[s.level][0].shape[2] for s in row]
+    for total, part in enumerate(parts):
+        if part is None:  # values do not reach a log-sum-exp
+            continue
+        for segment, piece in zip(row, part.split(sizes, 1), strict=True):
+            summed[segment.level][total][:, segment.frame] += piece
+    return dq
 
 
 def _unpool(grad: Tensor, x: Tensor, h: int, w: int, level: int) -> Tensor:

@@ -1,0 +1,46 @@
+"""Fixtures of all tests, and an honest last line about what this machine could not run."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+CLIPS = Path(__file__).parents[2] / "shared" / "data"
+
+
+def pytest_configure(config):
+    # Sums depend on how threads split them; one worker of pytest-xdist has one core.
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+
+
+@pytest.fixture
+def poisoned():
+    """`torch.empty` is filled with NaN, so that a value never written is seen."""
+    before = torch.are_deterministic_algorithms_enabled()
+    before_warn = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(before, warn_only=before_warn)
+
+
+@pytest.fixture
+def clips():
+    """The folder of real clips beside the repository; skips where it is missing."""
+    if not any(CLIPS.glob("*.mp4")):
+        pytest.skip(f"no real clips in {CLIPS}")
+    return CLIPS
+
+
+def pytest_terminal_summary(terminalreporter):
+    missing = []
+    if not torch.cuda.is_available():
+        missing.append("gpu tests: no CUDA device")
+    if importlib.util.find_spec("triton") is None:
+        missing.append("interpreter tests: triton is not installed")
+    if not any(CLIPS.glob("*.mp4")):
+        missing.append("tests on real clips: no clips beside the repository")
+    if missing:
+        terminalreporter.write_line(f"cannot be run on this machine: {'; '.join(missing)}")

@@ -1,0 +1,267 @@
+"""What every op promises torch: schema, fake, gradients, compile, export; and honest backends."""
+
+import pytest
+import torch
+import torch._dynamo.testing
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import tvkernels
+from tvkernels._dispatch import BACKENDS, OPS, BackendError
+from tvkernels.ops import specs
+from tvkernels.testing.calls import RegisteredCalls, build, gradients, tensors
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+SPECS = specs()
+every_op = pytest.mark.parametrize("op", SPECS)
+every_trained_op = pytest.mark.parametrize("op", [op for op, s in SPECS.items() if s.gradients])
+
+
+def first_case(op):
+    return SPECS[op].small_cases[0]
+
+
+def layout_of(x):
+    """Shape, dtype and the strides that mean something."""
+    return x.shape, x.dtype, [s for n, s in zip(x.shape, x.stride(), strict=True) if n > 1]
+
+
+def registered_call(op, backend="cpu", **make):
+    """(overload, arguments) beneath the public function; what gradients reach is a leaf."""
+    spec = SPECS[op]
+    args = build(spec, first_case(op), **make)
+    with RegisteredCalls() as seen:
+        spec.call(*args[0], **args[1], backend=backend)
+    [(overload, given)] = [call for call in seen.calls if call[0] is OPS[op].overload]
+    given = [x.detach().clone() if isinstance(x, torch.Tensor) else x for x in given]
+    for i in OPS[op].differentiable:
+        if given[i] is not None:
+            given[i].requires_grad_()
+    return overload, given
+
+
+@pytest.mark.parametrize("layout", ("dense", "permuted"))
+@every_op
+def test_opcheck(op, layout):
+    overload, args = registered_call(op, layout=layout)
+    torch.library.opcheck(overload, tuple(args))
+
+
+@pytest.mark.parametrize("backend", ("cpu", "reference"))
+@pytest.mark.parametrize("layout", ("dense", "permuted"))
+@every_trained_op
+def test_backward_is_laid_out_as_its_fake_says(op, layout, backend):
+    """What a compiler plans for the gradients is what the registered backward returns."""
+    overload, args = registered_call(op, backend, layout=layout)
+    args = [x.detach() if isinstance(x, torch.Tensor) else x for x in args]
+    results = tensors(overload(*args))
+    backward = getattr(torch.ops.tvkernels, f"{op}_backward").default
+    given = ([torch.randn_like(x) for x in results], *args)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode:
+        planned = backward(
+            *torch.utils._pytree.tree_map_only(torch.Tensor, mode.from_tensor, given)
+        )
+    made = backward(*given)
+    assert len(planned) == len(made) > 0
+    for fake, real in zip(planned, made, strict=True):
+        assert layout_of(fake) == layout_of(real)
+
+
+@every_op
+def test_fake_tensors_on_a_gpu_that_is_not_there(op):
+    spec = SPECS[op]
+    for case in spec.small_cases:
+        args = build(spec, case, torch.float16)
+        expected = tensors(spec.call(*args[0], **args[1], backend="cpu"))
+        args = build(spec, case, torch.float16)
+
+        def on_gpu(x):
+            return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cuda")
+
+        with FakeTensorMode():
+            positional, keyword = torch.utils._pytree.tree_map_only(torch.Tensor, on_gpu, args)
+            results = tensors(spec.call(*positional, **keyword))
+        for fake, real in zip(results, expected, strict=True):
+            assert layout_of(fake) == layout_of(real), case
+            assert fake.device.type == "cuda", case
+
+
+@every_op
+def test_compiles_whole(op):
+    spec, case = SPECS[op], first_case(op)
+    torch._dynamo.reset()
+    compiled = torch.compile(spec.call, fullgraph=True, backend="aot_eager")
+    if spec.gradients:
+        results, grads = gradients(spec, build(spec, case))
+        found, found_grads = gradients(spec, build(spec, case), compiled)
+        torch.testing.assert_close(found_grads, grads, rtol=0, atol=0)
+    else:
+        args, again = build(spec, case), build(spec, case)
+        results = tensors(spec.call(*args[0], **args[1]))
+        found = tensors(compiled(*again[0], **again[1]))
+    torch.testing.assert_close(found, results, rtol=0, atol=0)
+
+
+class Call(torch.nn.Module):
+    """An op as a module, for torch.export: tensors come in, all else is fixed."""
+
+    def __init__(self, op, args):
+        super().__init__()
+        self.call, (self.positional, self.keyword) = SPECS[op].call, args
+
+    def forward(self, values):
+        values = iter(values)
+        take = lambda x: next(values) if isinstance(x, torch.Tensor) else x  # noqa: E731
+        positional = [take(x) for x in self.positional]
+        return self.call(*positional, **{name: take(x) for name, x in self.keyword.items()})
+
+
+def exported(op):
+    args = build(SPECS[op], first_case(op))
+    values = tensors([*args[0], *args[1].values()])
+    return torch.export.export(Call(op, args), (values,)), values
+
+
+def targets(program):
+    return [str(n.target) for n in program.graph.nodes if n.op == "call_function"]
+
+
+@every_op
+def test_exports_as_one_node_and_decomposes_to_aten(op):
+    program, values = exported(op)
+    if op not in ("frame_attention", "latent_blend"):  # these decompose while they are exported
+        own = [t for t in targets(program) if t.startswith("tvkernels.")]
+        assert own == [f"tvkernels.{op}.default"]
+    lean = OPS[op].backend("cpu").forward
+    table = torch.export.default_decompositions()
+    table[OPS[op].overload] = lambda *args: lean(*args[:-1])
+    program = program.run_decompositions(table)
+    assert all(t.startswith(("aten.", "<built-in")) for t in targets(program)), targets(program)
+    args = build(SPECS[op], first_case(op))
+    expected = tensors(SPECS[op].call(*args[0], **args[1], backend="cpu"))
+    torch.testing.assert_close(tensors(program.module()(values)), expected)
+
+
+@pytest.mark.parametrize("case", ("own", "first_previous", "fine_coarse2", "sized_ragged"))
+def test_frame_attention_exports_slices_only(case):
+    """Its pattern is Python under export: neither the op nor any lookup by tensor is left."""
+    spec = SPECS["frame_attention"]
+    args = build(spec, case)
+    program = torch.export.export(Frames(args[0][3], args[1]), tuple(args[0][:3]))
+    kinds = targets(program)
+    assert not [t for t in kinds if "tvkernels" in t or "index" in t or "gather" in t], kinds
+    expected = spec.call(*args[0], **args[1])
+    torch.testing.assert_close(program.module()(*args[0][:3]), expected)
+
+
+class Frames(torch.nn.Module):
+    def __init__(self, pattern, options):
+        super().__init__()
+        self.pattern, self.options = pattern, options
+
+    def forward(self, q, k, v):
+        return tvkernels.frame_attention(q, k, v, self.pattern, **self.options)
+
+
+@every_op
+def test_named_backend_never_falls_back(op, monkeypatch):
+    spec = SPECS[op]
+    args = build(spec, first_case(op))
+    lean = OPS[op].backend("cpu")
+    monkeypatch.setattr(lean, "why_not", lambda *a: ["first reason", "second reason"])
+    with pytest.raises(BackendError) as error:
+        spec.call(*args[0], **args[1], backend="cpu")
+    assert "first reason" in str(error.value) and "second reason" in str(error.value)
+    assert "reference" not in str(error.value)
+    with pytest.raises(BackendError, match=f"{op} has no cuda backend"):
+        spec.call(*args[0], **args[1], backend="cuda")
+
+
+@every_op
+def test_backend_error_lists_every_reason(op, monkeypatch):
+    spec = SPECS[op]
+    args = build(spec, first_case(op))
+    for name in ("cpu", "reference"):
+        reasons = [f"{name} is too old", f"{name} is too new"]
+        monkeypatch.setattr(OPS[op].backend(name), "why_not", lambda *a, r=reasons: r)
+    with pytest.raises(BackendError) as error:
+        spec.call(*args[0], **args[1])
+    for name in BACKENDS:
+        assert f"  {name}: " in str(error.value)
+    for name in ("cpu", "reference"):
+        assert f"{name} is too old" in str(error.value)
+        assert f"{name} is too new" in str(error.value)
+
+
+@every_op
+def test_auto_says_when_only_the_reference_runs(op, monkeypatch):
+    spec = SPECS[op]
+    monkeypatch.setattr(OPS[op].backend("cpu"), "why_not", lambda *a: ["switched off"])
+    monkeypatch.setattr("tvkernels._dispatch._SAID", set())
+    args = build(spec, first_case(op))
+    with pytest.warns(RuntimeWarning, match="cpu: switched off"):
+        spec.call(*args[0], **args[1])
+
+
+@every_op
+def test_unknown_backend(op):
+    args = build(SPECS[op], first_case(op))
+    with pytest.raises(ValueError, match="unknown backend 'tpu'"):
+        SPECS[op].call(*args[0], **args[1], backend="tpu")
+
+
+@every_op
+def test_public_docstring_names_shapes_and_source(op):
+    text = SPECS[op].call.__doc__
+    assert "[B" in text or "[..." in text
+    assert any(s in text for s in ("EI2", "Tune-A-Video", "BLD-AC", "lended", "DDIM", "Source"))
+    for section in ("Args:", "Returns:", "Raises:"):
+        assert section in text
+
+
+@every_op
+def test_wrong_input_is_one_clear_error(op):
+    """What has no dimensions, or no floating dtype, is refused before any backend sees it."""
+    spec = SPECS[op]
+    positional, keyword = build(spec, first_case(op))
+    with pytest.raises(ValueError):
+        spec.call(positional[0].flatten()[0], *positional[1:], **keyword)
+    positional, keyword = build(spec, first_case(op))
+    with pytest.raises(ValueError):
+        spec.call(positional[0].to(torch.int64), *positional[1:], **keyword)
+
+
+@every_op
+def test_cases_cover_odd_sizes_and_real_ones(op):
+    spec = SPECS[op]
+    assert any(name.startswith("sd15-") for name in spec.cases)
+    small = [build(spec, case) for case in spec.small_cases]
+    assert any(x.numel() == 0 for args in small for x in tensors([*args[0], *args[1].values()]))
+    for case in spec.cases.values():
+        assert spec.bytes(case) >= 0 and spec.flops(case) >= 0 and spec.exps(case) >= 0
+
+
+def test_new_patterns_and_frame_counts_never_recompile():
+    patterns = [
+        tvkernels.FramePattern.own(),
+        tvkernels.FramePattern.first_previous(),
+        tvkernels.FramePattern.fine_coarse(2),
+    ]
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    @torch.compile(dynamic=True, fullgraph=True, backend=counter)
+    def attend(q, k, v, table):
+        return tvkernels.frame_attention(q, k, v, table, grid=(4, 4))
+
+    for frames in (8, 16):
+        for pattern in patterns:
+            # Two clips, 8 heads and levels of 2, so that sizes coincide wherever they can.
+            q, k, v = (torch.randn(2, frames, 16, 8, 40) for _ in range(3))
+            for x in (q, k, v):  # the caller's own: 8 frames are not bound to be as many as heads
+                torch._dynamo.mark_dynamic(x, 1)
+            table = pattern.table(frames)
+            expected = tvkernels.frame_attention(q, k, v, pattern, grid=(4, 4))
+            torch.testing.assert_close(attend(q, k, v, table), expected, rtol=0, atol=0)
+    assert counter.frame_count == 1

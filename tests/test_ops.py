@@ -1,0 +1,116 @@
+"""Every op, case, backend and precision against float64: results and gradients."""
+
+import pytest
+import torch
+
+from tvkernels._dispatch import Op
+from tvkernels.ops import specs
+from tvkernels.testing.budget import assert_error_budget
+from tvkernels.testing.calls import build, gradients, leaves, tensors
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+SPECS = specs()
+CASES = [(op, case) for op, spec in SPECS.items() for case in spec.small_cases]
+TRAINED = [(op, case) for op, case in CASES if SPECS[op].gradients]
+BACKENDS = ("cpu", "reference")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+SEEDS = range(8)  # the rounding error of one number, such as sigma's gradient, says little
+
+
+def run(spec, args, backend):
+    return tensors(spec.call(*args[0], **args[1], backend=backend))
+
+
+def check(spec, case, dtype, backend, **make):
+    actual = run(spec, build(spec, case, dtype, **make), backend)
+    low = run(spec, build(spec, case, dtype, **make), "reference")
+    exact = run(spec, build(spec, case, dtype, wide=torch.float64, **make), "reference")
+    assert len(actual) == len(exact) > 0
+    for i, result in enumerate(zip(actual, low, exact, strict=True)):
+        assert_error_budget(*result, factor=spec.budget, what=f"output {i}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("op", "case"), CASES)
+def test_result_within_error_budget(op, case, backend, dtype):
+    check(SPECS[op], case, dtype, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("op", "case"), CASES)
+def test_permuted_strides(op, case, backend):
+    check(SPECS[op], case, torch.float32, backend, layout="permuted")
+
+
+@pytest.mark.parametrize("extreme", ("equal", "huge"))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("op", "case"), CASES)
+def test_extreme_values(op, case, dtype, extreme):
+    check(SPECS[op], case, dtype, "cpu", extreme=extreme)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("op", "case"), TRAINED)
+def test_gradients_within_error_budget(op, case, backend):
+    spec = SPECS[op]
+
+    def draws(wide, backend):
+        found = [
+            gradients(spec, build(spec, case, wide=wide, seed=i), backend=backend)[1]
+            for i in SEEDS
+        ]
+        return {name: torch.stack([grads[name] for grads in found]) for name in found[0]}
+
+    low, exact = draws(torch.float32, "reference"), draws(torch.float64, "reference")
+    for name, grad in draws(torch.float32, backend).items():
+        what = f"gradient of argument {name}"
+        assert_error_budget(grad, low[name], exact[name], factor=spec.gradient_budget, what=what)
+
+
+@pytest.mark.parametrize("layout", ("dense", "permuted"))
+@pytest.mark.parametrize(("op", "case"), TRAINED)
+def test_gradients_exact_in_float64(op, case, layout, monkeypatch):
+    """The registered backward against torch's own autograd through the reference's operations."""
+    spec = SPECS[op]
+    with monkeypatch.context() as patch:
+        patch.setattr(Op, "__call__", lambda op, *a, backend: op.backend(backend).forward(*a))
+        args = build(spec, case, torch.float64, layout=layout)
+        truth, expected = gradients(spec, args, backend="reference")
+    for backend in BACKENDS:
+        args = build(spec, case, torch.float64, layout=layout)
+        results, grads = gradients(spec, args, backend=backend)
+        torch.testing.assert_close(results, truth)
+        torch.testing.assert_close(grads, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("op", [op for op, spec in SPECS.items() if spec.gradients])
+def test_gradcheck(op, backend):
+    spec = SPECS[op]
+    args = build(spec, spec.small_cases[0], torch.float64)
+    inputs = leaves(spec, args)
+
+    def call(*values):
+        given = dict(zip(inputs, values, strict=True))
+        positional = [given.get(i, x) for i, x in enumerate(args[0])]
+        keyword = {name: given.get(name, x) for name, x in args[1].items()}
+        results = tensors(spec.call(*positional, **keyword, backend=backend))
+        return [x for x in results if x.requires_grad]
+
+    assert torch.autograd.gradcheck(call, list(inputs.values()), fast_mode=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("op", SPECS)
+def test_same_bits_twice(op, backend):
+    spec = SPECS[op]
+    for case in spec.small_cases:
+        first, second = (run(spec, build(spec, case), backend) for _ in range(2))
+        for a, b in zip(first, second, strict=True):
+            assert torch.equal(a, b), f"{case} differs from one run to the next"
+        if spec.gradients:
+            first, second = (gradients(spec, build(spec, case), backend=backend)[1] for _ in "12")
+            for name in first:
+                assert torch.equal(first[name], second[name]), f"gradient {name} of {case} differs"

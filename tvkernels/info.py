@@ -1,0 +1,144 @@
+"""What this installation is and what runs on it: `python -m tvkernels.info`, with torch alone."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import platform
+from importlib import metadata
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import tvkernels
+from tvkernels._dispatch import BACKENDS, OPS
+from tvkernels.ops import NAMES
+from tvkernels.testing.calls import build
+
+PACKAGES = ("triton", "diffusers", "transformers", "accelerate", "av", "xformers", "flash-attn")
+NOT_INSTALLED = "not installed"
+
+
+def report() -> dict:
+    """Versions, devices, and for every op and backend all reasons why it cannot run.
+
+    Returns:
+        ``versions`` (name -> version or "not installed"), ``devices`` (one text each), ``sample``
+        (device and dtype of the sample calls), ``ops`` (op -> ``case``, the named case sampled,
+        and ``backends``: backend -> list of reasons, empty where it runs); all of it fits JSON.
+        A backend is asked, not tried: no kernel runs.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.float16 if device == "cuda" else torch.float32
+    return {
+        "versions": _versions(),
+        "devices": _devices(),
+        "sample": {"device": device, "dtype": str(dtype).removeprefix("torch.")},
+        "ops": {name: _op(name, device, dtype) for name in NAMES},
+    }
+
+
+def _versions() -> dict[str, str]:
+    versions = {
+        "tvkernels": tvkernels.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "torch": torch.__version__,
+        "CUDA runtime": torch.version.cuda or "none, this torch is built without CUDA",
+        "CUDA driver": _driver(),
+    }
+    for package in PACKAGES:  # from their metadata: importing one could fail or probe a device
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = NOT_INSTALLED
+    return versions
+
+
+def _driver() -> str:
+    """The newest CUDA that the driver serves, as "13.0"."""
+    ask = getattr(torch._C, "_cuda_getDriverVersion", None)
+    number = ask() if ask is not None else 0
+    return f"{number // 1000}.{number % 1000 // 10}" if number else "none"
+
+
+def _devices() -> list[str]:
+    name = platform.processor() or platform.machine()
+    found = [f"cpu: {name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads in torch"]
+    for index in range(torch.cuda.device_count()):
+        p = torch.cuda.get_device_properties(index)
+        found.append(
+            f"cuda:{index}: {p.name}, sm_{p.major}{p.minor}, "
+            f"{p.multi_processor_count} multiprocessors, {p.total_memory / 2**30:.1f} GiB"
+        )
+    return found
+
+
+def _op(name: str, device: str, dtype: torch.dtype) -> dict:
+    spec = importlib.import_module(f"tvkernels.ops.{name}.spec").SPEC
+    case = spec.small_cases[0]
+    try:
+        args = _sample(spec, case, device, dtype)
+    except Exception as error:  # a report of what is broken must not break with it
+        reason = f"the sample call failed: {type(error).__name__}: {error}"
+        return {"case": case, "backends": {backend: [reason] for backend in BACKENDS}}
+    reasons = {backend: OPS[name].why_not(backend, *args) for backend in BACKENDS}
+    return {"case": case, "backends": reasons}
+
+
+def _sample(spec, case: str, device: str, dtype: torch.dtype) -> tuple:
+    """The arguments that the public function hands to the registered op."""
+    positional, keyword = build(spec, case, dtype, device=device)
+    try:
+        with torch.no_grad(), _Probe(spec.name):
+            spec.call(*positional, **keyword)
+    except _Reached as reached:
+        return reached.args[0]
+    raise RuntimeError(f"{spec.name} never reached its registered op")
+
+
+class _Reached(Exception):
+    """Carries the arguments of the call that a probe waited for."""
+
+
+class _Probe(TorchDispatchMode):
+    """Stops at the call of one registered op, before a backend is chosen."""
+
+    def __init__(self, name: str):
+        super().__init__()
+        self.overload = OPS[name].overload
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is self.overload:
+            raise _Reached(args[:-1])  # without the name of the backend
+        return function(*args, **(kwargs or {}))
+
+
+def text(data: dict) -> str:
+    """The report as plain lines."""
+    width = max(map(len, data["versions"]))
+    lines = [f"{name:<{width}}  {version}" for name, version in data["versions"].items()]
+    lines += ["", *data["devices"], ""]
+    sample = data["sample"]
+    lines.append(f"ops, asked with a small {sample['dtype']} call on {sample['device']}:")
+    width = max(map(len, BACKENDS))
+    for name, op in data["ops"].items():
+        lines.append(f"{name} ({op['case']})")
+        for backend, reasons in op["backends"].items():
+            lines.append(f"  {backend:<{width}}  {'; '.join(reasons) or 'runs'}")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Prints the report, as text or with ``--json`` as JSON."""
+    parser = argparse.ArgumentParser(prog="python -m tvkernels.info", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    as_json = parser.parse_args(argv).json
+    data = report()
+    print(json.dumps(data, indent=2) if as_json else text(data))
+
+
+if __name__ == "__main__":
+    main()
