@@ -1,8 +1,8 @@
 """One registration for every op: schema, fake, backends with reasons, exact gradients.
 
 An op's api.py declares an `Op`; its backends are the modules beside it. Each backend module has
-``why_not(*args) -> list[str]`` and ``forward(*args)``, and may have ``backward(grads, *args)``; args are
-those of the schema without the closing backend name.
+``why_not(*args) -> list[str]`` and ``forward(*args)``, and may have ``backward(grads, *args)``;
+args are those of the schema without the closing backend name.
 """
 
 from __future__ import annotations
@@ -189,7 +189,7 @@ def _laid_out_as(x: Tensor, grad: Tensor) -> Tensor:
 
 
 def _no_autocast(args):
-    """Kernels see the dtypes they are given: autocast inside would break the registered contract."""
+    """Kernels see the dtypes they are given: autocast inside would break the contract."""
     device = next((a.device.type for a in args if isinstance(a, Tensor)), "cpu")
     if torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)

@@ -1,9 +1,9 @@
 """Which frames, and at which resolution, each frame of a clip reads: data, not code.
 
 A pattern gives every query frame a list of segments ``(frame, level, count)``: ``level`` 0 is full
-resolution, ``level`` r the frame's tokens average-pooled r x r, ``count`` how often the frame is named
-(a frame named twice counts twice, as concatenation makes it). `FramePattern.table` compiles the lists
-to the tensors every kernel reads.
+resolution, ``level`` r the frame's tokens average-pooled r x r, ``count`` how often the frame is
+named (a frame named twice counts twice, as concatenation makes it). `FramePattern.table` compiles
+the lists to the tensors every kernel reads.
 """
 
 from __future__ import annotations
@@ -36,9 +36,11 @@ class FrameTable(NamedTuple):
     """
 
     row_ptr: Tensor  # int32 [F + 1]
-    segments: Tensor  # int32 [S, 4]: frame, level, count, 1 if pooled tokens weigh log(pooled count)
-    # Empty, [0, 2 + r1, 2 + r2]: launchers need the coarse levels on the host without a device read,
-    # and sizes are the one kind of number that torch.compile keeps dynamic (0 and 1 it would not).
+    # int32 [S, 4]: frame, level, count, 1 if pooled tokens weigh log(pooled count)
+    segments: Tensor
+    # Empty, [0, 2 + r1, 2 + r2]: launchers need the coarse levels on the host without a device
+    # read, and sizes are the one kind of number that torch.compile keeps dynamic (0 and 1 it
+    # would not).
     levels: Tensor
 
     @property
@@ -49,7 +51,7 @@ class FrameTable(NamedTuple):
 
 @dataclass(frozen=True)
 class FramePattern:
-    """Frames read by frame f: relative `offsets` (clamped to the clip), absolute `anchors`, `others`.
+    """Frames read by frame f: relative `offsets` (clamped), absolute `anchors`, `others`.
 
     Args:
         offsets: frame numbers relative to f, clamped to [0, F - 1].
@@ -98,15 +100,13 @@ class FramePattern:
         return FramePattern(offsets=(0,), others=ratio, size_bias=size_bias)
 
     @staticmethod
-    def frames(
-        *, offsets: Sequence[int] = (), anchors: Sequence[int | str] = ()
-    ) -> FramePattern:
+    def frames(*, offsets: Sequence[int] = (), anchors: Sequence[int | str] = ()) -> FramePattern:
         """Any list of relative and absolute frames: FateZero ("mid", -1, ...)."""
         return FramePattern(offsets=tuple(offsets), anchors=tuple(anchors))
 
     @staticmethod
     def rows(lists: Sequence[Sequence[int | tuple[int, int]]]) -> FramePattern:
-        """One explicit list for each query frame, of frames or (frame, level) pairs: RAVE's grids."""
+        """One explicit list for each query frame, of frames or (frame, level): RAVE's grids."""
         segments = tuple(
             tuple(Segment(s) if isinstance(s, int) else Segment(*s) for s in row) for row in lists
         )
@@ -247,9 +247,9 @@ def _build_table(
 def _mark_sizes(table: FrameTable) -> None:
     """Makes every size of the table a number of its own to torch.compile.
 
-    Unmarked sizes that happen to be equal in the first call (segments and frames of `own`, a level and
-    the batch) are guarded to stay so, and the next pattern recompiles. Called only where torch._dynamo
-    is loaded already: its import takes two seconds.
+    Unmarked sizes that happen to be equal in the first call (segments and frames of `own`, a level
+    and the batch) are guarded to stay so, and the next pattern recompiles. Called only where
+    torch._dynamo is loaded already: its import takes two seconds.
     """
     for tensor, dims in zip(table, ([0], [0], [1, 2]), strict=True):
         for dim in dims:

@@ -1,4 +1,4 @@
-"""Contract of frame_attention: schema, fake, checks and the public function. Imports torch only."""
+"""Contract of frame_attention: schema, fake, checks, public function. Imports torch only."""
 
 from __future__ import annotations
 
@@ -60,12 +60,14 @@ def frame_attention(
     if isinstance(pattern, FramePattern):
         if pattern.lists is None and q.shape[1] != k.shape[1]:
             raise ValueError(
-                f"q has {q.shape[1]} frames and k {k.shape[1]}: say which of k's frames are queried, "
-                "with pattern.table(F, queries=...)"
+                f"q has {q.shape[1]} frames and k {k.shape[1]}: say which of k's frames are "
+                "queried, with pattern.table(F, queries=...)"
             )
         if torch.compiler.is_exporting():
             lean = importlib.import_module("tvkernels.ops.frame_attention.cpu")
-            out, lse = lean.attend(q, k, v, *lean.plan(pattern, k.shape[1]), grid, scale, return_lse)
+            out, lse = lean.attend(
+                q, k, v, *lean.plan(pattern, k.shape[1]), grid, scale, return_lse
+            )
             return (out, lse) if return_lse else out
         table = pattern.table(k.shape[1], device=q.device)
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -33,10 +34,7 @@ def plan(pattern: FramePattern, num_frames: int) -> tuple[Rows, bool]:
 def read_table(row_ptr: Tensor, segments: Tensor) -> tuple[Rows, bool]:
     """The rows of a compiled table, and whether its pooled tokens weigh log(pooled count)."""
     ends, flat = row_ptr.tolist(), segments.tolist()
-    rows = [
-        [Segment(*s[:3]) for s in flat[first:last]]
-        for first, last in zip(ends[:-1], ends[1:], strict=True)
-    ]
+    rows = [[Segment(*s[:3]) for s in flat[first:last]] for first, last in pairwise(ends)]
     return rows, any(s[3] for s in flat)
 
 
@@ -76,7 +74,7 @@ class Source:
             self.levels[level] = (pool(k, *grid, level), pool(v, *grid, level), weight)
 
     def gather(self, row: list[Segment]) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Keys, values [B, M, H, D] and the bias [M] (None where it is zero) of one query frame."""
+        """Keys, values [B, M, H, D] and the bias [M] (None where it is zero) of one frame."""
         keys = [self.levels[s.level][0][:, s.frame] for s in row]
         values = [self.levels[s.level][1][:, s.frame] for s in row]
         if len(row) == 1:
@@ -115,6 +113,7 @@ def backward(grads, q, k, v, row_ptr, segments, levels, h, w, scale, return_lse)
         for level, (key, value, _) in source.levels.items()
     }
     for f, row in enumerate(rows if q.numel() else ()):
+        # A compiler also sends the empty gradient of a log-sum-exp that was not asked for.
         outer = [None if g is None or not g.numel() else g[:, f] for g in grads]
         dq[:, f] = _backward_frame(outer, q[:, f], source, row, summed, scale, return_lse)
     dk, dv = summed.pop(0)
@@ -130,8 +129,7 @@ def _backward_frame(grads, q, source: Source, row, summed, scale, return_lse) ->
     leaves = [x.detach().requires_grad_() for x in (q, key, value)]
     with torch.enable_grad():
         results = _sdpa(*leaves, bias, scale, return_lse)
-    pairs = zip(results, grads, strict=True)  # a compiler also sends gradients of no result
-    pairs = [(r, g.to(r)) for r, g in pairs if r is not None and g is not None]
+    pairs = [(r, g.to(r)) for r, g in zip(results, grads, strict=True) if g is not None]
     outs, outer = zip(*pairs, strict=True)
     dq, *parts = torch.autograd.grad(outs, leaves, outer, allow_unused=True)
     sizes = [source.levels[s.level][0].shape[2] for s in row]

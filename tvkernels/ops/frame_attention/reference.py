@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,10 +24,11 @@ def forward(q, k, v, row_ptr, segments, levels, h, w, scale, return_lse):
         sources[level] = (pool(k, h, w, level), pool(v, h, w, level))
     ends, rows = row_ptr.tolist(), segments.tolist()
     keys, values, biases = [], [], []
-    for first, last in zip(ends[:-1], ends[1:], strict=True):
+    for first, last in pairwise(ends):
         key, value, bias = [], [], []
         for frame, level, count, sized in rows[first:last]:
-            size = pooled_counts((h, w), level) if sized else torch.ones(sources[level][0].shape[2])
+            tokens = sources[level][0].shape[2]
+            size = pooled_counts((h, w), level) if sized else torch.ones(tokens)
             for _ in range(count):
                 key.append(sources[level][0][:, frame])
                 value.append(sources[level][1][:, frame])

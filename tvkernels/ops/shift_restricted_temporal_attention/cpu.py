@@ -2,8 +2,8 @@
 
 z is centered once. Centering only the query and the output instead is the same function and as
 fast here (96 ms both at [2, 8, 512, 320], float32, one thread), but rounding spoils it where the
-mean is large: at EI2's own mean of 1 and deviation of 0.1 over frames, the float32 gradients of w_q
-and w_k are 34 and 68 times less exact than the reference's.
+mean is large: at EI2's own mean of 1 and deviation of 0.1 over frames, the float32 gradients of
+w_q and w_k are 34 and 68 times less exact than the reference's.
 """
 
 from __future__ import annotations

@@ -1,0 +1,121 @@
+"""What frame_attention's backends hold at once: all live results of the operations inside."""
+
+import pytest
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tvkernels import FramePattern
+from tvkernels._dispatch import OPS
+from tvkernels.testing.calls import tensors
+
+FRAMES, TOKENS, HEADS, DIM, GRID = 8, 64, 2, 16, (8, 8)
+FRAME = TOKENS * HEADS * DIM * 4  # bytes of one frame of q, k, v or the result
+SLACK = FRAME // 8  # bias, log-sum-exp
+PATTERNS = {
+    "first_previous": FramePattern.first_previous(),
+    "fine_coarse": FramePattern.fine_coarse(2),
+}
+every_pattern = pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
+
+
+class Held(TorchDispatchMode):
+    """Bytes alive that operations inside have allocated: the most in all, at each attention, and
+    between one attention and the next.
+    """
+
+    def __init__(self, given):
+        super().__init__()
+        self.given = {StorageWeakRef(x.untyped_storage()).cdata for x in tensors(given)}
+        self.made, self.most, self.at_attention, self.between = {}, 0, [], [0]
+
+    def now(self):
+        self.made = {key: made for key, made in self.made.items() if not made[0].expired()}
+        return sum(size for _, size in self.made.values())
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.name()
+        if "scaled_dot_product" in name and "backward" not in name:
+            self.at_attention.append(self.now())
+            self.between.append(0)
+        result = function(*args, **(kwargs or {}))
+        for x in tensors(result):
+            ref = StorageWeakRef(x.untyped_storage())
+            if ref.cdata not in self.given:
+                self.made[ref.cdata] = (ref, x.untyped_storage().nbytes())
+        self.between[-1] = max(self.between[-1], self.now())
+        self.most = max(self.between)
+        return result
+
+
+def held(pattern, backend, backward=False):
+    table = pattern.table(FRAMES)
+    args = [torch.randn(1, FRAMES, TOKENS, HEADS, DIM) for _ in range(3)]
+    args += [table.row_ptr, table.segments, table.coarse_levels, *GRID, None, False]
+    grad, op = torch.randn_like(args[0]), OPS["frame_attention"]
+    module = op.backend(backend)
+    with Held([args, grad]) as seen:
+        if not backward:
+            module.forward(*args)
+        elif hasattr(module, "backward"):
+            module.backward([grad, None], *args)
+        else:
+            op._recompute(module.forward, [grad, None], args)
+    return seen
+
+
+def gathered(pattern):
+    """Bytes of the keys and values that each query frame reads, put together."""
+    return [
+        2 * FRAME * sum(1 if not s.level else 1 / s.level**2 for s in row)
+        for row in pattern.segments(FRAMES)
+    ]
+
+
+def pooled(pattern):
+    """Bytes of all frames' coarse keys and values."""
+    return 2 * FRAMES * FRAME / pattern.others**2 if pattern.others else 0
+
+
+def test_the_meter_counts():
+    x = torch.ones(1000)
+    with Held([x]) as seen:
+        y = x.view(10, 100) + 1
+        del y
+        assert seen.now() == 0
+        kept = [x + 1, x.view(10, 100), torch.zeros(500)]
+        assert seen.now() == 6000
+        torch.nn.functional.scaled_dot_product_attention(*[x.view(1, 1, 10, 100)] * 3)
+    assert seen.at_attention == [6000]
+    assert seen.most >= 6000 + kept[0].nbytes
+
+
+@every_pattern
+def test_cpu_forward_gathers_one_frame_at_a_time(pattern):
+    seen = held(pattern, "cpu")
+    assert len(seen.at_attention) == FRAMES
+    for f, own in enumerate(gathered(pattern)):
+        finished = f * FRAME + pooled(pattern) + SLACK * (f + 1)
+        assert seen.at_attention[f] <= finished + own
+        assert seen.between[f] <= finished + max(gathered(pattern))
+
+
+@every_pattern
+def test_cpu_backward_gathers_one_frame_at_a_time(pattern):
+    seen = held(pattern, "cpu", backward=True)
+    assert len(seen.at_attention) == FRAMES
+    sums = 3 * FRAMES * FRAME + pooled(pattern)
+    for bytes_held, own in zip(seen.at_attention, gathered(pattern), strict=True):
+        assert bytes_held <= sums + pooled(pattern) + own + SLACK
+
+
+@every_pattern
+@pytest.mark.parametrize("backward", (False, True), ids=("forward", "backward"))
+def test_reference_holds_them_all(pattern, backward):
+    everything = sum(gathered(pattern))
+    assert held(pattern, "reference", backward).most >= everything
+    assert held(pattern, "cpu", backward).most < everything + 2 * backward * FRAMES * FRAME
+
+
+def test_frames_that_read_themselves_copy_nothing():
+    assert held(FramePattern.own(), "cpu").at_attention == [0]
