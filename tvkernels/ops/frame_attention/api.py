@@ -12,7 +12,8 @@ from tvkernels.patterns import FramePattern, FrameTable
 
 
 def _fake(q, k, v, row_ptr, segments, levels, h, w, scale, return_lse):
-    lse = q.new_empty(q.shape[:-1] if return_lse else (0,), dtype=torch.float32)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    lse = q.new_empty(q.shape[:-1] if return_lse else (0,), dtype=wide)
     return q.new_empty(q.shape), lse
 
 
@@ -51,7 +52,7 @@ def frame_attention(
             over disjoint key sets merge exactly.
         backend: "auto" or a name; a named backend never falls back.
     Returns:
-        [B, Fq, N, H, D], and with `return_lse` a float32 [B, Fq, N, H].
+        [B, Fq, N, H, D], and with `return_lse` a [B, Fq, N, H] in float32 at least.
     Raises:
         ValueError: shapes, dtypes, grid or pattern do not fit; the text says how.
         BackendError: no backend, or not the named one, can run this call.

@@ -41,10 +41,11 @@ def forward(q, k, v, row_ptr, segments, levels, h, w, scale, return_lse):
         scores = torch.einsum("bnhd,bmhd->bhnm", q[:, f], keys[f]) * scale + biases[f]
         outs.append(torch.einsum("bhnm,bmhd->bnhd", scores.softmax(-1), values[f]))
         lses.append(scores.logsumexp(-1).transpose(1, 2))
+    wide = torch.promote_types(q.dtype, torch.float32)
     out = torch.stack(outs, 1) if outs else torch.empty_like(q)
     if not return_lse:
-        return out, q.new_empty(0, dtype=torch.float32)
-    lse = torch.stack(lses, 1).float() if lses else q.new_empty(q.shape[:-1], dtype=torch.float32)
+        return out, q.new_empty(0, dtype=wide)
+    lse = torch.stack(lses, 1).to(wide) if lses else q.new_empty(q.shape[:-1], dtype=wide)
     return out, lse
 
 
