@@ -106,6 +106,7 @@ def inflate(
         RuntimeError: already patched, or its processors are not diffusers' defaults.
         ValueError: the recipe does not fit the UNet, which is left as it was.
     """
+    unet = getattr(unet, "_orig_mod", unet)  # of torch.compile, which sees the change itself
     _check_family(unet)
     pattern = recipe.pattern
     pattern = pattern if isinstance(pattern, FramePattern) else dict(pattern)

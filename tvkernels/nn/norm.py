@@ -45,6 +45,7 @@ class ClipGroupNorm(nn.GroupNorm):
         self.num_groups, self.num_channels = norm.num_groups, norm.num_channels
         self.eps, self.affine, self.clip = norm.eps, norm.affine, clip
         self.weight, self.bias = norm.weight, norm.bias
+        self.train(norm.training)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B * F, C, h, w] -> the same shape."""

@@ -38,7 +38,6 @@ class Handle:
     """
 
     def __init__(self, model: nn.Module, clip: Clip):
-        refuse_patched(model)
         self.model, self.clip = model, clip
         self.processors: dict[str, AttnProcessor] = {}
         self._layers: dict[str, nn.Module] = {}
@@ -134,6 +133,7 @@ def install(
             (fused, sliced, xformers, ...); the text names them.
         ValueError: the pattern matches no layer.
     """
+    model = getattr(model, "_orig_mod", model)  # of torch.compile, which sees the change itself
     clip = Clip(num_frames)
     chosen = choose_processors(model, pattern, clip, backend)
     layers = attention_layers(model)
