@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -82,8 +83,11 @@ def _fetch(name: str) -> tuple[dict, dict]:
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
     try:
-        unet = UNet2DConditionModel.load_config(name, subfolder="unet")
-        vae = AutoencoderKL.load_config(name, subfolder="vae")
+        with warnings.catch_warnings():
+            # diffusers 0.42 passes huggingface_hub an argument that this one calls deprecated.
+            warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")
+            unet = UNet2DConditionModel.load_config(name, subfolder="unet")
+            vae = AutoencoderKL.load_config(name, subfolder="vae")
     except OSError as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(f"cannot load the model {name}: {reason}") from error

@@ -1,0 +1,1 @@
+"""Timing, limits, rivals and reports; installed as `tvkernels.benchmarks`."""

@@ -1,0 +1,267 @@
+"""Edits of held-out scenes of the shapes world against the exact truth, with intervals.
+
+Every method of `tvkernels.pipelines.METHODS` takes part, on the embedded model; a new one needs
+its line there, and where its own numbers do not suit that model, one in `demo/settings.py`.
+A row of the results is one scene edited by one method. Scene i changes the colour, the shape or
+both for i = 0, 1, 2 modulo 3.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from tvkernels.config import ConfigError
+from tvkernels.demo import MODEL_DIR
+from tvkernels.demo.measure import edit_scene
+from tvkernels.demo.world import edit_pair
+from tvkernels.edit import NUMBERS, device_name, load_pipeline, method_numbers, versions
+from tvkernels.pipelines import METHODS
+from tvkernels.recipes import ABLATIONS, RECIPES, Recipe
+from tvkernels.video import VideoError, check_output
+
+RESULTS = Path(__file__).resolve().parent / "results" / "quality.jsonl"
+RESAMPLES = 10_000
+
+# Key of a measure -> (title, factor, digits).
+MEASURES = {
+    "accuracy": ("target %", 100, 1),
+    "color": ("colour %", 100, 1),
+    "shape": ("shape %", 100, 1),
+    "psnr": ("backgr. dB", 1, 1),
+    "temporal": ("temporal error\nx1000", 1000, 2),
+    "object": ("object\nx1000", 1000, 2),
+    "background": ("background\nx1000", 1000, 2),
+    "preprocess_s": ("prepare s", 1, 1),
+    "edit_s": ("edit s", 1, 1),
+    "peak_mib": ("peak MiB", 1, 0),
+}
+LEFT = {"title_justify": "left"}
+COMPARED = ("accuracy", "psnr", "temporal")
+
+# Paired differences that are shown where both took part: the papers' claims, EI2's figures 4, 5.
+PAIRS = (
+    ("ei2", "tune-a-video"),
+    ("tune-a-video", "frame-by-frame"),
+    ("ei2", "frame-by-frame"),
+    *((name, "tav-layer-norm") for name in ABLATIONS if name.startswith("tav-")),
+    *((name, "ei2-sparse-causal") for name in ABLATIONS if name.startswith("ei2-")),
+)
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """A method, or a recipe in place of its own."""
+
+    name: str
+    method: str
+    recipe: Recipe | None = None
+
+
+def run(
+    scenes: Iterable[int],
+    methods: list[str] | None = None,
+    *,
+    ablation: bool = False,
+    output: Path | None = None,
+    resume: bool = False,
+    numbers: dict[str, int | float] | None = None,
+    seed: int = 0,
+    console: Console | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> list[dict]:
+    """Edits scenes by methods, appends a row for each to a JSONL file, and shows a table.
+
+    Args:
+        scenes: numbers of held-out scenes.
+        methods: names of `METHODS`; none takes all, or with `ablation` none but its variants.
+        ablation: the variants of `tvkernels.recipes.ABLATIONS` take part.
+        output: appended to; by default benchmarks/results/quality.jsonl.
+        resume: rows of the same scene, method, model and settings that are there already are
+            taken from it instead, whatever the commit.
+        numbers: tune_steps, learning_rate, steps and guidance, in place of every method's.
+        seed: of everything drawn.
+        console: shows the table, if any.
+        say: shows one line.
+    Returns:
+        The rows, by method, then scene.
+    Raises:
+        ConfigError: unknown method.
+        VideoError: the file cannot be written.
+    """
+    scenes, output = list(scenes), RESULTS if output is None else output
+    line_up = entrants(methods, ablation)
+    check_output(output, (".jsonl",))
+    kept = {_key(row): row for row in read_rows(output)} if resume else {}
+    rows = []
+    for entrant in line_up:
+        own, _ = method_numbers(entrant.method, embedded=True)
+        own = replace(own, recipe=entrant.recipe or own.recipe)
+        # A method that tunes nothing has no use for numbers of the tuning.
+        idle = () if own.recipe.tuned else ("tune_steps", "learning_rate")
+        own = replace(own, **{n: v for n, v in (numbers or {}).items() if n not in idle})
+        settings = {name: getattr(own, name) for name in NUMBERS}
+        settings |= {"seed": seed, "frames": 8, "model": _model_digest()}
+        pipe = None
+        for scene in scenes:
+            row = {"scene": scene, "method": entrant.name, "settings": settings}
+            if _key(row) in kept:
+                rows.append(kept[_key(row)])
+                continue
+            if pipe is None:
+                pipe = load_pipeline(entrant.method, str(MODEL_DIR), settings=own)
+            row |= _measure(pipe, own, scene, seed)
+            _append(output, row)
+            rows.append(row)
+            say(f"{entrant.name}, scene {scene}: {_summary(row['measures'])}")
+    if console is not None:
+        show(rows, console)
+        say(f"rows are in {output}")
+    return rows
+
+
+def entrants(methods: list[str] | None, ablation: bool) -> list[Entrant]:
+    """Who takes part; see `run`."""
+    unknown = [name for name in methods or [] if name not in METHODS]
+    if unknown:
+        raise ConfigError(f"unknown method {unknown[0]!r}: use one of {', '.join(METHODS)}")
+    chosen = methods if methods is not None else [] if ablation else list(METHODS)
+    found = [Entrant(name, name) for name in dict.fromkeys(chosen)]
+    if ablation:
+        base = {recipe.source: name for name, recipe in RECIPES.items()}
+        found += [Entrant(name, base[r.source], r) for name, r in ABLATIONS.items()]
+    return found
+
+
+def read_rows(path: Path) -> list[dict]:
+    """Rows of a results file, none if there is no file.
+
+    Raises:
+        ConfigError: a line is not a row.
+    """
+    if not path.exists():
+        return []
+    rows = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            row = json.loads(line)
+            _key(row)
+        except (ValueError, KeyError, TypeError):
+            raise ConfigError(f"{path}, line {number}: not a row of results") from None
+        rows.append(row)
+    return rows
+
+
+def interval(values: Iterable[float], resamples: int = RESAMPLES) -> tuple[float, float, float]:
+    """Mean and its 95 % interval, by the percentile bootstrap; same values, same interval."""
+    data = np.asarray(list(values), np.float64)
+    picks = np.random.default_rng(0).integers(len(data), size=(resamples, len(data)))
+    low, high = np.percentile(data[picks].mean(1), [2.5, 97.5])
+    return float(data.mean()), float(low), float(high)
+
+
+def differences(rows: list[dict], one: str, other: str, measure: str) -> list[float]:
+    """one - other on every scene that both edited."""
+    by = {(row["method"], row["scene"]): row["measures"][measure] for row in rows}
+    scenes = sorted({scene for _, scene in by})
+    pairs = [(by.get((one, scene)), by.get((other, scene))) for scene in scenes]
+    return [a - b for a, b in pairs if a is not None and b is not None]
+
+
+def show(rows: list[dict], console: Console) -> None:
+    """Means, 95 % intervals, and paired differences."""
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    count = len({row["scene"] for row in rows})
+    table = Table(title=f"{count} scenes: mean [95 % interval]", show_lines=True, **LEFT)
+    table.add_column("method")
+    for title, *_ in MEASURES.values():
+        table.add_column(title, justify="right")
+    for method in methods:
+        own = [row["measures"] for row in rows if row["method"] == method]
+        table.add_row(method, *(_cell([m[name] for m in own], name) for name in MEASURES))
+    console.print(table)
+    compared = Table(title="paired differences [95 % interval]", show_lines=True, **LEFT)
+    compared.add_column("")
+    for name in COMPARED:
+        compared.add_column(MEASURES[name][0], justify="right")
+    for one, other in PAIRS:
+        if one != other and one in methods and other in methods:
+            cells = (_cell(differences(rows, one, other, n), n, "+") for n in COMPARED)
+            compared.add_row(f"{one} - {other}", *cells)
+    if compared.rows:
+        console.print(compared)
+
+
+def _measure(pipe, numbers, scene: int, seed: int) -> dict:
+    source, target = edit_pair(scene)
+    measures = edit_scene(pipe, numbers, source, target, seed=seed).measures
+    return {
+        "recipe": repr(numbers.recipe),
+        "source": source.caption,
+        "target": target.caption,
+        "measures": {n: None if v is None else round(v, 6) for n, v in measures.items()},
+        "device": device_name(pipe.device),
+        "versions": versions(),
+        "commit": _commit(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _key(row: dict) -> str:
+    return json.dumps([row["scene"], row["method"], row["settings"]], sort_keys=True)
+
+
+def _append(path: Path, row: dict) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as file:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise VideoError(f"cannot write {path}: {error.strerror}") from error
+
+
+def _model_digest() -> str:
+    digest = hashlib.sha256()
+    for file in sorted(MODEL_DIR.rglob("*.safetensors")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _commit() -> str | None:
+    """The checkout's commit, with a + where files differ from it; None outside a checkout."""
+    git = ["git", "-C", str(Path(__file__).resolve().parent)]
+    try:
+        commit, changes = (
+            subprocess.run([*git, *words], capture_output=True, text=True, check=True).stdout
+            for words in (("rev-parse", "--short", "HEAD"), ("status", "--porcelain", "-uno"))
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit.strip() + ("+" if changes.strip() else "")
+
+
+def _summary(measures: dict) -> str:
+    parts = (f"{' '.join(title.split())} {measures[name] * factor:.{digits}f}"
+             for name, (title, factor, digits) in MEASURES.items()
+             if name in COMPARED and measures[name] is not None)  # fmt: skip
+    return ", ".join(parts)
+
+
+def _cell(values: list, measure: str, sign: str = "") -> str:
+    _, factor, digits = MEASURES[measure]
+    if not values or None in values:
+        return "not measured"
+    mean, low, high = (v * factor for v in interval(values))
+    text = f"{mean:{sign}.{digits}f}"
+    if len(values) > 1:
+        text += f"\n[{low:{sign}.{digits}f}, {high:{sign}.{digits}f}]"
+    return text

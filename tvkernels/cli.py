@@ -1,0 +1,269 @@
+"""The command `tvk`."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+import tvkernels
+from tvkernels import BackendError
+from tvkernels.config import ConfigError, read_config, resolve
+from tvkernels.pipelines import METHODS
+from tvkernels.pipelines.checks import ModelError
+from tvkernels.video import VideoError
+
+BAD_INPUT, UNEXPECTED, INTERRUPTED = 2, 1, 130
+EXPECTED = (ConfigError, ModelError, VideoError, BackendError, ImportError, OSError)
+
+app = typer.Typer(
+    help="Edit video with Stable Diffusion 1.x: lean pipelines on fused attention kernels.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+bench = typer.Typer(help="Measure the methods.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"tvk {tvkernels.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of whatever goes wrong.")
+    ] = False,
+) -> None:
+    pass
+
+
+METHOD_HELP = f"One of {', '.join(METHODS)}. [default: ei2]"
+
+
+@app.command("edit")
+def edit_command(
+    clip: Annotated[
+        Path | None, typer.Argument(help="The source: a video file or a folder of images.")
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="OUT.mp4, OUT.gif, or a folder for PNG files."),
+    ] = None,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(help="What the edited clip shall show; repeat it for several clips."),
+    ] = None,
+    source_prompt: Annotated[str | None, typer.Option(help="What the clip shows.")] = None,
+    method: Annotated[str | None, typer.Option(help=METHOD_HELP)] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="A Stable Diffusion 1.x directory in diffusers' layout, or a hub name. "
+            "[default: the embedded model of the shapes world]"
+        ),
+    ] = None,
+    frames: Annotated[
+        int | None, typer.Option(help="Frames to take. [default: the method's, or all there are]")
+    ] = None,
+    start: Annotated[int | None, typer.Option(help="First frame to take, from 0.")] = None,
+    stride: Annotated[int | None, typer.Option(help="Take every so-manieth frame.")] = None,
+    size: Annotated[
+        int | None, typer.Option(help="Pixels of the shorter side. [default: the model's]")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="DDIM steps of inversion and sampling. [default: method's]")
+    ] = None,
+    tune_steps: Annotated[
+        int | None, typer.Option(help="Steps of the one-shot tuning. [default: the method's]")
+    ] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Of the tuning. [default: the method's]")
+    ] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="Guidance scale. [default: the method's]")
+    ] = None,
+    negative_prompt: Annotated[
+        str | None, typer.Option(help="What the edited clip shall not show.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Same seed, same bytes. [default: 0]")] = None,
+    backend: Annotated[
+        str | None, typer.Option(help="auto, cuda, triton, cpu or reference. [default: auto]")
+    ] = None,
+    cache: Annotated[
+        Path | None,
+        typer.Option(help="Folder that keeps preprocessing. [default: ~/.cache/tvkernels]"),
+    ] = None,
+    no_cache: Annotated[bool, typer.Option("--no-cache", help="Keep and reuse nothing.")] = False,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="YAML with these settings or a Tune-A-Video configuration, or the JSON beside an "
+            "edited clip. Options given here win."
+        ),
+    ] = None,
+) -> None:
+    """Edit a clip: tune the model on it, invert it, sample it with another prompt.
+
+    Further prompts on the same clip skip the tuning: it is kept in the cache. Beside the edited
+    clip lies a JSON file with every setting it was made with.
+    """
+    given = {
+        "clip": clip, "output": output, "prompts": prompt or None, "source_prompt": source_prompt,
+        "method": method, "model": model, "frames": frames, "start": start, "stride": stride,
+        "size": size, "steps": steps, "tune_steps": tune_steps, "learning_rate": learning_rate,
+        "guidance": guidance, "negative_prompt": negative_prompt, "seed": seed,
+        "backend": backend, "cache": False if no_cache else cache,
+    }  # fmt: skip
+    if no_cache and cache is not None:
+        raise ConfigError("give either --cache or --no-cache")
+    settings, notes = read_config(config) if config is not None else ({}, [])
+    settings.update({name: value for name, value in given.items() if value is not None})
+    from tvkernels.edit import edit
+
+    edit(resolve(settings), notes, _say)
+
+
+@app.command()
+def methods() -> None:
+    """List the editing methods and their numbers."""
+    from tvkernels.pipelines import pipeline_class
+
+    table = Table("method", "frames", "tuning", "DDIM steps", "guidance", "source")
+    for name in METHODS:
+        own = pipeline_class(name).settings
+        tuning = f"{own.tune_steps} steps at {own.learning_rate:g}" if own.tune_steps else "none"
+        table.add_row(
+            name, str(own.frames), tuning, str(own.steps), f"{own.guidance:g}", own.recipe.source
+        )
+    console().print(table)
+
+
+@app.command()
+def info(
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Show versions, devices, and for every op and backend: runs, or all the reasons why not."""
+    from tvkernels.info import main as show
+
+    show(["--json"] if as_json else [])
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="A folder.")] = Path("out/demo"),
+    clips: Annotated[int, typer.Option(min=1, help="Clips of the shapes world.")] = 3,
+) -> None:
+    """Edit clips with known answers by every method, and measure the results."""
+    from tvkernels.demo.run import run
+
+    run(output, clips, console(), _say)
+
+
+@bench.command()
+def quality(
+    scenes: Annotated[int, typer.Option(min=1, help="Held-out scenes.")] = 4,
+    first: Annotated[int, typer.Option(min=0, help="Number of the first one.")] = 0,
+    method: Annotated[
+        list[str] | None, typer.Option(help="Repeat it for several. [default: all]")
+    ] = None,
+    ablation: Annotated[
+        bool, typer.Option("--ablation", help="EI2's figures 4 and 5, as recipe variants.")
+    ] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Appended to. [default: benchmarks/results/]"),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Skip what the output already holds.")
+    ] = False,
+    steps: Annotated[int | None, typer.Option(min=1, help="DDIM steps.")] = None,
+    tune_steps: Annotated[int | None, typer.Option(min=0, help="Steps of the tuning.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Of the tuning.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of everything drawn.")] = 0,
+) -> None:
+    """Measure edits of held-out scenes against the exact truth, with confidence intervals."""
+    from tvkernels.benchmarks.quality import run
+
+    numbers = {
+        "steps": steps, "tune_steps": tune_steps, "learning_rate": learning_rate,
+        "guidance": guidance,
+    }  # fmt: skip
+    run(
+        range(first, first + scenes), method, ablation=ablation, output=output, resume=resume,
+        numbers={name: value for name, value in numbers.items() if value is not None},
+        seed=seed, console=console(), say=_say,
+    )  # fmt: skip
+
+
+def console() -> Console:
+    """Standard output; where it is no terminal, wide enough for every table."""
+    return Console(width=None if sys.stdout.isatty() else 160)
+
+
+def _say(text: str) -> None:
+    console().print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+class _Warnings(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        print(f"tvk: {record.levelname.lower()}: {record.getMessage()}", file=sys.stderr)
+
+
+def _fail(text: str, status: int) -> int:
+    line = "; ".join(part.strip() for part in text.splitlines() if part.strip())
+    print(f"tvk: {line}", file=sys.stderr)
+    return status
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs `tvk`; the exit status is 2 for bad input, 1 for a defect, 130 for Ctrl-C."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    debug = "--debug" in arguments
+    # Wherever it stands: it is added to the end of a line that has just failed.
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    logger, handler = logging.getLogger("tvkernels"), _Warnings()
+    logger.addHandler(handler)
+    try:
+        status = app(arguments, prog_name="tvk", standalone_mode=False)
+    except KeyboardInterrupt:
+        status = INTERRUPTED
+    except Exception as error:
+        if debug:
+            raise
+        return _explain(error)
+    finally:
+        logger.removeHandler(handler)
+    if status == INTERRUPTED:
+        return _fail("interrupted: what was finished is kept, nothing is half-written", status)
+    return status or 0
+
+
+def _explain(error: Exception) -> int:
+    # Typer's own errors carry this method; their base class has moved between its versions.
+    if hasattr(error, "format_message"):
+        if not error.format_message():
+            return BAD_INPUT  # called without a command: the help was shown
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context else "tvk"
+        return _fail(f"{error.format_message()} See `{command} --help`.", BAD_INPUT)
+    if isinstance(error, EXPECTED):
+        return _fail(str(error) or type(error).__name__, BAD_INPUT)
+    kind = type(error).__name__
+    return _fail(f"{kind}: {error} (a defect, not your input: --debug shows where)", UNEXPECTED)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

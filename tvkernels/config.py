@@ -1,0 +1,249 @@
+"""An edit's settings: validated, read from YAML, under our names or Tune-A-Video's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+EMBEDDED = "embedded"
+"""The name of the model that the package carries."""
+
+
+class ConfigError(ValueError):
+    """Settings that cannot be used; one line that says what to do."""
+
+
+Count = Annotated[int, Field(ge=1)]
+
+
+class EditSettings(BaseModel):
+    """What an edit is made from. None stands for what the method, the model or the clip say.
+
+    Attributes:
+        clip: the source: a video file or a folder of images.
+        method: a name of `tvkernels.pipelines.METHODS`.
+        model: a Stable Diffusion 1.x directory, a hub name, or "embedded".
+        source_prompt: what the clip shows.
+        prompts: what the edited clips shall show, one output each.
+        negative_prompt: what the unconditional half of the guidance is told.
+        start, stride, frames: the frames taken: from which, every how many, how many.
+        size: pixels of the shorter side, or (height, width).
+        crop: keep the proportions and cut what hangs over; False squeezes.
+        tune_steps, learning_rate: of the one-shot tuning.
+        steps: DDIM steps of the inversion and of the sampling.
+        guidance: classifier-free guidance scale.
+        seed: of everything drawn.
+        backend: of the attention ops.
+        gradient_checkpointing: less memory while tuning, the same result.
+        cache: folder that keeps preprocessing, None for the user's own, False for none.
+        output: the edited clip; with several prompts a number goes before its ending.
+        output_dir: in place of `output`, a folder; clips are named after their prompts.
+    """
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    clip: Path | None = None
+    method: str = "ei2"
+    model: str = EMBEDDED
+    source_prompt: str | None = None
+    prompts: Annotated[list[str], Field(min_length=1)] | None = None
+    negative_prompt: str = ""
+    start: Annotated[int, Field(ge=0)] = 0
+    stride: Count = 1
+    frames: Count | None = None
+    size: Count | tuple[Count, Count] | None = None
+    crop: bool = True
+    tune_steps: Annotated[int, Field(ge=0)] | None = None
+    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    steps: Annotated[int, Field(ge=1, le=1000)] | None = None
+    guidance: Annotated[float, Field(ge=0)] | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    backend: Literal["auto", "cuda", "triton", "cpu", "reference"] = "auto"
+    gradient_checkpointing: bool = False
+    cache: Path | Literal[False] | None = None
+    output: Path | None = None
+    output_dir: Path | None = None
+
+
+# Tune-A-Video's configuration files: its name -> ours. Two names of one thing must agree.
+TUNE_A_VIDEO_NAMES = {
+    "pretrained_model_path": "model",
+    "output_dir": "output_dir",
+    "train_data.video_path": "clip",
+    "train_data.prompt": "source_prompt",
+    "train_data.n_sample_frames": "frames",
+    "train_data.sample_start_idx": "start",
+    "train_data.sample_frame_rate": "stride",
+    "train_data.width": "width",
+    "train_data.height": "height",
+    "validation_data.prompts": "prompts",
+    "validation_data.negative_prompt": "negative_prompt",
+    "validation_data.video_length": "frames",
+    "validation_data.width": "width",
+    "validation_data.height": "height",
+    "validation_data.num_inference_steps": "steps",
+    "validation_data.num_inv_steps": "steps",
+    "validation_data.guidance_scale": "guidance",
+    "max_train_steps": "tune_steps",
+}
+
+# What its training script can do and these pipelines cannot: the one value that is honoured, why.
+ONLY = {
+    "trainable_modules": (
+        ["attn1.to_q", "attn2.to_q", "attn_temp"],
+        "what is tuned belongs to the method's recipe",
+    ),
+    "train_batch_size": (1, "one clip is tuned at a time"),
+    "gradient_accumulation_steps": (1, "one clip is tuned at a time"),
+    "scale_lr": (False, "the learning rate is used as given"),
+    "lr_scheduler": ("constant", "the learning rate is constant"),
+    "lr_warmup_steps": (0, "the learning rate is constant"),
+    "adam_beta1": (0.9, "AdamW runs with its usual numbers"),
+    "adam_beta2": (0.999, "AdamW runs with its usual numbers"),
+    "adam_weight_decay": (0.01, "AdamW runs with its usual numbers"),
+    "adam_epsilon": (1e-8, "AdamW runs with its usual numbers"),
+    "max_grad_norm": (1.0, "gradients are clipped at 1"),
+    "use_8bit_adam": (False, "AdamW keeps its state in 32 bits"),
+    "resume_from_checkpoint": (None, "an unfinished tuning starts again"),
+    "validation_data.use_inv_latent": (True, "an edit starts from the inverted clip"),
+    "validation_data.num_videos_per_prompt": (1, "a prompt gives one clip"),
+    "validation_data.eta": (0.0, "DDIM draws no noise"),
+}
+
+# They change how the script runs, not what comes out, beyond rounding.
+WITHOUT_EFFECT = {
+    "mixed_precision": "everything runs in float32",
+    "enable_xformers_memory_efficient_attention": "the ops are chosen by `backend`",
+    "checkpointing_steps": "tuned weights go to the cache",
+    "validation_steps": "the clip is edited after the last step",
+    "logging_dir": "nothing is logged to files",
+}
+
+
+def read_config(path: Path) -> tuple[dict[str, Any], list[str]]:
+    """Settings from a YAML file, or from the JSON record beside an edited clip.
+
+    Args:
+        path: keys are the names of `EditSettings` ("prompt" for a single one) or Tune-A-Video's.
+    Returns:
+        Settings under our names, not validated yet, and a note on each key without effect.
+    Raises:
+        ConfigError: no such file, not YAML, an unknown key, one that cannot be honoured, or two
+            that contradict each other.
+    """
+    try:
+        document = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(document, dict):
+        raise ConfigError(f"{path} holds no settings: write lines like `method: ei2`")
+    if {"settings", "versions"} <= document.keys():
+        document = document["settings"]
+    try:
+        return _translate(document)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def resolve(given: Mapping[str, Any]) -> EditSettings:
+    """Validates settings under our names.
+
+    Raises:
+        ConfigError: every wrong value with its reason, in one line.
+    """
+    try:
+        return EditSettings(**given)
+    except ValidationError as error:
+        raise ConfigError("; ".join(_problems(error))) from None
+
+
+def _problems(error: ValidationError) -> list[str]:
+    found: dict[str, list[str]] = {}
+    for problem in error.errors(include_url=False):
+        reasons = found.setdefault(str(problem["loc"][0]), [])
+        reasons.append(f"{problem['msg'][0].lower()}{problem['msg'][1:]}")
+        value = problem["input"]
+    return [
+        f"{name}: {' or '.join(dict.fromkeys(reasons))}"
+        + (f", not {value!r}" if len(found) == 1 else "")
+        for name, reasons in found.items()
+    ]
+
+
+def _translate(document: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    settings: dict[str, Any] = {}
+    notes: list[str] = []
+    came_from: dict[str, str] = {}
+    unknown = []
+    theirs = False
+    for key, value in _flat(document).items():
+        if key in EditSettings.model_fields or key == "prompt":
+            name = "prompts" if key == "prompt" else key
+        elif key in TUNE_A_VIDEO_NAMES:
+            name = TUNE_A_VIDEO_NAMES[key]
+        elif key in ONLY:
+            _must_be(key, value)
+            continue
+        elif key in WITHOUT_EFFECT:
+            notes.append(f"{key} has no effect: {WITHOUT_EFFECT[key]}")
+            continue
+        else:
+            unknown.append(str(key))
+            continue
+        theirs = theirs or "." in key
+        if name == "prompts" and isinstance(value, str):
+            value = [value]
+        if name in settings and settings[name] != value:
+            raise ConfigError(
+                f"{came_from[name]} is {settings[name]!r} and {key} is {value!r}: "
+                "they must be the same"
+            )
+        settings[name], came_from[name] = value, key
+    if unknown:
+        raise ConfigError(f"unknown keys: {', '.join(unknown)}")
+    _take_size(settings)
+    if theirs:
+        settings.setdefault("method", "tune-a-video")
+    return settings, notes
+
+
+def _flat(document: Mapping[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in document.items():
+        if key not in ("train_data", "validation_data"):
+            flat[key] = value
+        elif isinstance(value, dict):
+            flat.update({f"{key}.{name}": inner for name, inner in value.items()})
+        else:
+            raise ConfigError(f"{key} must hold keys of its own, such as video_path")
+    return flat
+
+
+def _must_be(key: str, value: Any) -> None:
+    honoured, reason = ONLY[key]
+    if key == "trainable_modules" and isinstance(value, (list, tuple)):
+        value, honoured = sorted(value), sorted(honoured)
+    if isinstance(honoured, float) and isinstance(value, str):
+        with suppress(ValueError):
+            value = float(value)  # YAML 1.1 reads 1e-8, without a point, as text
+    if value != honoured:
+        raise ConfigError(f"{key} cannot be {value!r} here: {reason}; leave it out")
+
+
+def _take_size(settings: dict[str, Any]) -> None:
+    """Tune-A-Video resizes to width x height without keeping the proportions."""
+    width, height = settings.pop("width", None), settings.pop("height", None)
+    if (width is None) != (height is None):
+        raise ConfigError("width and height come together: give both or neither")
+    if width is not None:
+        if "size" in settings:
+            raise ConfigError("give either size or width and height")
+        settings["size"] = (height, width)
+        settings.setdefault("crop", False)

@@ -1,0 +1,318 @@
+"""What `tvk edit` does: check, resolve, tune, invert, sample, write, and keep a record."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tvkernels.config import EMBEDDED, ConfigError, EditSettings
+from tvkernels.demo import MODEL_DIR
+from tvkernels.demo.settings import OVERRIDES
+from tvkernels.pipelines import METHODS
+from tvkernels.pipelines.checks import ModelError, check_model_folder, model_size
+from tvkernels.video import OUTPUTS, Video, VideoError, check_output, read_video, write_video
+from tvkernels.video._files import atomic_path
+from tvkernels.video.io import GIF_MAX_FPS
+
+if TYPE_CHECKING:
+    from tvkernels.pipelines.cache import Cache
+    from tvkernels.pipelines.one_shot import OneShotPipeline, Settings
+
+PACKAGES = ("tvkernels", "torch", "diffusers", "transformers", "safetensors", "numpy", "av")
+NUMBERS = ("tune_steps", "learning_rate", "steps", "guidance")
+
+
+def edit(given: EditSettings, notes: list[str], say: Callable[[str], None]) -> list[Path]:
+    """Edits a clip, once for each prompt.
+
+    Args:
+        given: settings; what is None is decided here.
+        notes: keys of the configuration file without effect.
+        say: shows one line to the user.
+    Returns:
+        The edited clips. Beside each lies a JSON file: the settings it was made with, which
+        `tvk edit --config` reads again, versions, model, seconds and cache hits.
+    Raises:
+        ConfigError, ModelError, VideoError: before any work of weight has begun, except where the
+            disk fills up.
+    """
+    began = time.perf_counter()
+    outputs = check(given)
+    model = MODEL_DIR if given.model == EMBEDDED else given.model
+    size, multiple = _size(given, *model_size(model))
+    if given.frames is not None:
+        video = _read(given, size, multiple, given.frames)
+    else:
+        # The first frame tells whether this is a clip at all, before the slow imports.
+        _read(given, size, multiple, 1)
+    numbers, said = method_numbers(given.method, given.model == EMBEDDED)
+    if given.frames is None:
+        video = _read_up_to(given, size, multiple, numbers.frames)
+    if video.fps > GIF_MAX_FPS and any(output.suffix.lower() == ".gif" for output in outputs):
+        raise VideoError(
+            f"a GIF plays at most {GIF_MAX_FPS} frames a second, not {float(video.fps):g}: "
+            "write an mp4 or take fewer frames with --stride"
+        )
+    if given.tune_steps and not numbers.recipe.tuned:
+        raise ConfigError(f"{given.method} tunes nothing: leave out --tune-steps")
+    chosen = {n: getattr(numbers, n) for n in NUMBERS if getattr(given, n) is None}
+    settings = given.model_copy(
+        update={**chosen, "frames": len(video), "size": video.frames.shape[1:3]}
+    )
+    height, width = settings.size
+    say(
+        f"{settings.method}, {settings.model} model: {settings.frames} frames of "
+        f"{width} x {height}, tuning {settings.tune_steps} steps at "
+        f"{settings.learning_rate:g}, DDIM {settings.steps} steps, "
+        f"guidance {settings.guidance:g}, seed {settings.seed}"
+    )
+    said = [text for name, text in said.items() if name in chosen]
+    if said:
+        say(f"for the embedded model, in place of the method's own: {', '.join(said)}")
+    for note in notes:
+        say(note)
+    clock = Clock()
+    with clock("load"):
+        pipe = load_pipeline(settings.method, str(model), settings.backend)
+    cache = _cache(settings)
+    hits = preprocess(pipe, video, settings, cache, clock, say)
+    record = {
+        "settings": settings.model_dump(mode="json", exclude={"output_dir"}),
+        "versions": versions(),
+        "model": {"name": settings.model, "unet": type(pipe.unet).__name__},
+        "device": device_name(pipe.device),
+        "cache": hits,
+        "notes": [*said, *notes],
+    }
+    for prompt, output in zip(settings.prompts, outputs, strict=True):
+        with clock("sampling"):
+            pipe.set_progress_bar_config(desc="sampling", leave=False, disable=None)
+            frames = sample(pipe, prompt, settings)
+        write_video(output, frames, video.fps)
+        record["settings"].update(prompts=[prompt], output=str(output))
+        record["seconds"] = {**clock.seconds, "total": round(time.perf_counter() - began, 2)}
+        record["date"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        kept = output.with_suffix(".json")
+        write_json(kept, record)
+        say(f"wrote {output} and {kept.name} (sampled in {clock.seconds['sampling']:.1f} s)")
+    return outputs
+
+
+def check(given: EditSettings) -> list[Path]:
+    """What can be wrong without looking into clip or model; the outputs, one for each prompt.
+
+    Raises:
+        ConfigError, ModelError, VideoError: one line that says what to do.
+    """
+    if given.method not in METHODS:
+        raise ConfigError(f"unknown method {given.method!r}: use one of {', '.join(METHODS)}")
+    for name, option in (("clip", "CLIP"), ("source_prompt", "--source-prompt")):
+        if not getattr(given, name):
+            raise ConfigError(f"{option} is missing: give it here or as {name} in --config")
+    if not given.prompts:
+        raise ConfigError("--prompt is missing: say what the edited clip shall show")
+    if not given.clip.exists():
+        raise VideoError(f"{given.clip} does not exist")
+    if given.model != EMBEDDED:
+        check_model_folder(given.model)
+    outputs = _outputs(given)
+    for output in outputs:
+        check_output(output, OUTPUTS)
+        check_output(output.with_suffix(".json"), (".json",))
+        if not output.suffix and output.exists() and (output.is_file() or any(output.iterdir())):
+            raise VideoError(f"cannot write {output}: it is there already and not an empty folder")
+        if output.absolute() == given.clip.absolute():
+            raise VideoError(f"cannot write {output}: it is the source clip")
+    if isinstance(given.cache, Path):
+        check_output(given.cache / "entry", ("",))
+    return outputs
+
+
+def _outputs(given: EditSettings) -> list[Path]:
+    if given.output is not None:
+        if len(given.prompts) == 1:
+            return [given.output]
+        stem, suffix = given.output.stem, given.output.suffix
+        names = [f"{stem}-{i}{suffix}" for i in range(1, len(given.prompts) + 1)]
+        return [given.output.with_name(name) for name in names]
+    if given.output_dir is None:
+        raise ConfigError("--output is missing: say where to write, such as -o edited.mp4")
+    names: list[str] = []
+    for prompt in given.prompts:
+        slug = re.sub(r"\W+", "-", prompt.lower()).strip("-")[:60] or "edited"
+        names.append(f"{slug}-{len(names) + 1}" if slug in names else slug)
+    return [given.output_dir / f"{name}.mp4" for name in names]
+
+
+def _size(given: EditSettings, largest: int, multiple: int) -> tuple[int | tuple, int]:
+    size = given.size or largest
+    shorter = size if isinstance(size, int) else min(size)
+    if shorter > largest:
+        raise ConfigError(
+            f"size {shorter} is more than the {largest} pixels that the model was trained on: "
+            f"ask for {largest} or less"
+        )
+    return size, multiple
+
+
+def _read(given: EditSettings, size, multiple: int, frames: int | None) -> Video:
+    return read_video(
+        given.clip, start=given.start, stride=given.stride, frames=frames,
+        size=size, multiple=multiple, crop=given.crop,
+    )  # fmt: skip
+
+
+def _read_up_to(given: EditSettings, size, multiple: int, frames: int) -> Video:
+    try:
+        return _read(given, size, multiple, frames)
+    except VideoError:
+        # Shorter than the method's number of frames: then all there are.
+        return _read(given, size, multiple, None)
+
+
+def method_numbers(method: str, embedded: bool) -> tuple[Settings, dict[str, str]]:
+    """A method's settings, those of the demo in place for the embedded model, and what differs.
+
+    Returns:
+        Settings, and for each replaced number a text, such as "tune_steps 40 (500)".
+    """
+    own = _pipeline_class(method).settings
+    overrides = OVERRIDES.get(method, {}) if embedded else {}
+    changed = {n: v for n, v in overrides.items() if getattr(own, n) != v}
+    said = {n: f"{n} {value:g} ({getattr(own, n):g})" for n, value in changed.items()}
+    return replace(own, **changed), said
+
+
+def load_pipeline(method: str, model: str, backend: str = "auto", **options) -> OneShotPipeline:
+    """A method's pipeline on the device there is, without loading bars.
+
+    Raises:
+        ModelError: the model cannot be loaded.
+    """
+    import torch
+    from safetensors import SafetensorError
+
+    try:
+        pipe = _pipeline_class(method).from_pretrained(model, backend=backend, **options)
+    except ModelError:
+        raise
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise ModelError(f"cannot load the model {model}: {reason}") from error
+    return pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _pipeline_class(method: str) -> type[OneShotPipeline]:
+    """Imports it, with the libraries' own bars and advice about torchvision switched off."""
+    import diffusers
+    import transformers
+
+    from tvkernels.pipelines import pipeline_class
+
+    transformers.utils.logging.set_verbosity_error()
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()
+    return pipeline_class(method)
+
+
+def preprocess(
+    pipe: OneShotPipeline, video: Video, settings: EditSettings, cache: Cache | None,
+    clock: Clock, say: Callable[[str], None],
+) -> dict[str, str]:  # fmt: skip
+    """Tunes and inverts; says what came from the cache, "hit", "miss" or "off" for each."""
+    import torch
+
+    hits = {}
+    for stage in ("tuning", "inversion"):
+        pipe.set_progress_bar_config(desc=stage, leave=False, disable=None)
+        before = cache.hits if cache else 0
+        with clock(stage):
+            if stage == "tuning":
+                pipe.fit(
+                    video.frames, settings.source_prompt, num_steps=settings.tune_steps,
+                    learning_rate=settings.learning_rate,
+                    generator=torch.Generator().manual_seed(settings.seed),
+                    gradient_checkpointing=settings.gradient_checkpointing, cache=cache,
+                )  # fmt: skip
+            else:
+                pipe.invert(video.frames, num_inference_steps=settings.steps, cache=cache)
+        hits[stage] = "off" if cache is None else "hit" if cache.hits > before else "miss"
+        if stage == "tuning" and not settings.tune_steps:
+            hits[stage] = "off"
+            continue
+        source = "taken from the cache" if hits[stage] == "hit" else "done"
+        say(f"{stage} {source} in {clock.seconds[stage]:.1f} s")
+    return hits
+
+
+def sample(pipe: OneShotPipeline, prompt: str, settings: EditSettings):
+    """The edited clip, uint8 [F, H, W, 3]."""
+    pixels = pipe(
+        prompt, num_inference_steps=settings.steps, guidance_scale=settings.guidance,
+        negative_prompt=settings.negative_prompt, output_type="pt",
+    ).frames[0]  # fmt: skip
+    return to_bytes(pixels)
+
+
+def to_bytes(pixels):
+    """Tensor [F, 3, H, W] in [0, 1] -> uint8 array [F, H, W, 3]."""
+    return pixels.mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def _cache(settings: EditSettings) -> Cache | None:
+    from tvkernels.pipelines.cache import Cache
+
+    return None if settings.cache is False else Cache(settings.cache)
+
+
+class Clock:
+    """Wall-clock seconds by stage: `with clock("tuning"): ...`; a stage's last run counts."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.seconds[stage] = round(time.perf_counter() - began, 2)
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of every package whose code makes the result."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def device_name(device) -> str:
+    """For instance "cuda: NVIDIA H200" or "cpu: x86_64, 2 cores"."""
+    import torch
+
+    if device.type == "cuda":
+        return f"cuda: {torch.cuda.get_device_name(device)}"
+    return f"cpu: {platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes a JSON file in one step.
+
+    Raises:
+        VideoError: it cannot be written.
+    """
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
