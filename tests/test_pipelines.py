@@ -263,8 +263,6 @@ def test_settings_and_recipes_are_data(load, clip):
     assert pipe("x", output_type="latent").frames.shape == (3, 4, 4, 6)
 
 
-
-
 def test_cache_skips_what_was_done_and_recomputes_what_is_broken(load, clip, tmp_path, caplog):
     cache = Cache(tmp_path)
 
