@@ -53,8 +53,8 @@ PAIRS = (
     ("ei2", "tune-a-video"),
     ("tune-a-video", "frame-by-frame"),
     ("ei2", "frame-by-frame"),
-    *((name, "tav-layer-norm") for name in ABLATIONS if name.startswith("tav-")),
-    *((name, "ei2-sparse-causal") for name in ABLATIONS if name.startswith("ei2-")),
+    *((name, "tune-a-video") for name in ABLATIONS),
+    *((name, "ei2-sparse-causal") for name in ("ei2", "ei2-r4")),
 )
 
 
@@ -83,8 +83,8 @@ def run(
 
     Args:
         scenes: numbers of held-out scenes.
-        methods: names of `METHODS`; none takes all, or with `ablation` none but its variants.
-        ablation: the variants of `tvkernels.recipes.ABLATIONS` take part.
+        methods: names of `METHODS`; none takes all, or with `ablation` those it varies.
+        ablation: the variants of `tvkernels.recipes.ABLATIONS` take part too.
         output: appended to; by default benchmarks/results/quality.jsonl.
         resume: rows of the same scene, method, model and settings that are there already are
             taken from it instead, whatever the commit.
@@ -134,10 +134,11 @@ def entrants(methods: list[str] | None, ablation: bool) -> list[Entrant]:
     unknown = [name for name in methods or [] if name not in METHODS]
     if unknown:
         raise ConfigError(f"unknown method {unknown[0]!r}: use one of {', '.join(METHODS)}")
-    chosen = methods if methods is not None else [] if ablation else list(METHODS)
+    base = {recipe.source: name for name, recipe in RECIPES.items()}
+    varied = list(dict.fromkeys(base[recipe.source] for recipe in ABLATIONS.values()))
+    chosen = methods if methods is not None else varied if ablation else list(METHODS)
     found = [Entrant(name, name) for name in dict.fromkeys(chosen)]
     if ablation:
-        base = {recipe.source: name for name, recipe in RECIPES.items()}
         found += [Entrant(name, base[r.source], r) for name, r in ABLATIONS.items()]
     return found
 

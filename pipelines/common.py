@@ -17,7 +17,7 @@ from tvkernels.pipelines.checks import ModelError
 
 @dataclass
 class VideoEditOutput(BaseOutput):
-    """Frames of the edited clip: [[PIL, ...]], np [1, F, H, W, 3], pt [1, F, 3, H, W] or latents."""
+    """The edited clip: [[PIL, ...]], np [1, F, H, W, 3], pt [1, F, 3, H, W] or latents."""
 
     frames: list | np.ndarray | Tensor
 
@@ -51,7 +51,8 @@ def ddim_table(scheduler, steps: int, guidance: float, device) -> tuple[Tensor, 
         source, end = timesteps - stride, scheduler.initial_alpha_cumprod
         alpha, target = _alpha(alphas, source, end), alphas[timesteps]
     else:
-        alpha, target = alphas[timesteps], _alpha(alphas, timesteps - stride, scheduler.final_alpha_cumprod)
+        target = _alpha(alphas, timesteps - stride, scheduler.final_alpha_cumprod)
+        alpha = alphas[timesteps]
     rows = torch.stack([alpha, target, torch.full_like(alpha, guidance)], 1)
     return timesteps, rows.float()
 
@@ -65,7 +66,7 @@ def frames_to_tensor(video, multiple: int) -> Tensor:
     """A clip as float32 [F, 3, H, W] in [-1, 1].
 
     Args:
-        video: uint8 [F, H, W, 3], a sequence of PIL images, or a float tensor [F, 3, H, W] in [0, 1].
+        video: uint8 [F, H, W, 3], PIL images, or a float tensor [F, 3, H, W] in [0, 1].
         multiple: what both sides must divide by.
     Raises:
         ValueError: no frames, frames of several sizes, or sides that do not divide.
@@ -79,7 +80,8 @@ def frames_to_tensor(video, multiple: int) -> Tensor:
         video = torch.from_numpy(np.ascontiguousarray(video)).permute(0, 3, 1, 2).float() / 255
     if not isinstance(video, Tensor) or video.dim() != 4 or video.shape[1] != 3 or not len(video):
         raise ValueError(
-            "video must be uint8 [F, H, W, 3], PIL images, or a float tensor [F, 3, H, W] in [0, 1]"
+            "video must be uint8 [F, H, W, 3], PIL images, or a float tensor [F, 3, H, W] "
+            "in [0, 1], with one frame or more"
         )
     h, w = video.shape[2:]
     if h % multiple or w % multiple or not h * w:
@@ -90,9 +92,8 @@ def frames_to_tensor(video, multiple: int) -> Tensor:
 @torch.no_grad()
 def encode_frames(vae, pixels: Tensor, chunk: int = 8) -> Tensor:
     """[F, 3, H, W] in [-1, 1] -> scaled latents [F, 4, h, w], the posterior's mode."""
-    parts = [
-        vae.encode(part.to(vae.device, vae.dtype)).latent_dist.mode() for part in pixels.split(chunk)
-    ]
+    pixels = pixels.to(vae.device, vae.dtype)
+    parts = [vae.encode(part).latent_dist.mode() for part in pixels.split(chunk)]
     return torch.cat(parts) * vae.config.scaling_factor
 
 

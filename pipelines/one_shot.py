@@ -57,8 +57,8 @@ class Settings:
 class OneShotPipeline(DiffusionPipeline):
     """Edits a clip with an SD-1.x model: `fit`, `invert`, then call with the new prompt.
 
-    The pipeline owns its UNet: it is inflated on construction, and `pipe.handle.remove()` gives the
-    2-D UNet back. Further prompts on the same clip need neither `fit` nor `invert` again.
+    The pipeline owns its UNet: it is inflated on construction, and `pipe.handle.remove()` gives
+    the 2-D UNet back. Further prompts on the same clip need neither `fit` nor `invert` again.
 
     Args:
         vae, text_encoder, tokenizer, unet, scheduler: of an SD-1.x model in diffusers' layout; any
@@ -123,13 +123,12 @@ class OneShotPipeline(DiffusionPipeline):
         decode_chunk_size: int = 8,
         cache: Cache | None = None,
     ) -> OneShotPipeline:
-        """Tunes the recipe's parameters on one clip and its prompt (EI2, eq. 2), from fresh weights.
+        """Tunes the recipe's parameters on one clip and its prompt (EI2, eq. 2), from fresh ones.
 
         Args:
             video: uint8 [F, H, W, 3], PIL images, or float [F, 3, H, W] in [0, 1].
             prompt: what the clip shows.
-            num_steps, learning_rate: in place of the settings'; a recipe that tunes nothing takes no
-                steps.
+            num_steps, learning_rate: in place of the settings'.
             generator: draws the added weights, noise and timesteps.
             gradient_checkpointing: less memory, the same result.
             decode_chunk_size: frames the VAE sees at once.
@@ -137,10 +136,12 @@ class OneShotPipeline(DiffusionPipeline):
         Returns:
             The pipeline.
         Raises:
-            ValueError: frames that do not fit the model, or a float16 model.
+            ValueError: frames that do not fit the model, a float16 model, or steps asked of a
+                recipe that tunes nothing.
         """
         steps = self.settings.tune_steps if num_steps is None else num_steps
-        steps = steps if self.settings.recipe.tuned else 0
+        if steps and not self.settings.recipe.tuned:
+            raise ValueError(f"{self.settings.recipe.name} tunes nothing: leave num_steps out")
         rate = self.settings.learning_rate if learning_rate is None else learning_rate
         self.handle.remove()
         latents = self._encode_video(video, decode_chunk_size)
@@ -180,9 +181,7 @@ class OneShotPipeline(DiffusionPipeline):
         device, frames = latents.device, latents.shape[0]
         text = self._encode_prompts([prompt])
         parameters = list(self.handle.tuned_parameters().values())
-        optimizer = torch.optim.AdamW(
-            parameters, lr=rate, weight_decay=self.settings.weight_decay
-        )
+        optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=self.settings.weight_decay)
         self.unet.train()
         last = self.scheduler.config.num_train_timesteps
         with self.progress_bar(total=steps) as bar:
@@ -293,7 +292,7 @@ class OneShotPipeline(DiffusionPipeline):
         latents = self.inverted if latents is None else latents
         if latents is None:
             if self._shape is None:
-                raise ValueError("nothing to edit: pass video= or latents=, or call invert() first")
+                raise ValueError("nothing to edit: pass video= or latents=, or invert() first")
             latents = randn_tensor(self._shape, generator, self._execution_device)
         self._interrupt = False
         guided = guidance > 1

@@ -3,8 +3,8 @@
 from tvkernels.pipelines.one_shot import OneShotPipeline, Settings
 from tvkernels.recipes import TUNE_A_VIDEO
 
-# The published configurations and training script: 24 frames, AdamW at 3e-5 with weight decay 1e-2,
-# 500 steps, DDIM 50 both ways, guidance 12.5, inversion with the empty prompt.
+# The published configurations and training script: 24 frames, AdamW at 3e-5 with weight decay
+# 1e-2, 500 steps, DDIM 50 both ways, guidance 12.5, inversion with the empty prompt.
 SETTINGS = Settings(
     recipe=TUNE_A_VIDEO,
     frames=24,

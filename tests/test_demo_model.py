@@ -38,8 +38,8 @@ def test_loads_in_float32_with_the_shape_of_stable_diffusion(pipeline):
     for module in (pipeline.vae, pipeline.unet, pipeline.text_encoder):
         assert {p.dtype for p in module.parameters()} == {torch.float32}
     config = pipeline.unet.config
-    assert config.down_block_types == ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
-    assert config.up_block_types == ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
+    assert tuple(config.down_block_types) == ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
+    assert tuple(config.up_block_types) == ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
     assert config.layers_per_block == 2 and config.attention_head_dim == 8
     assert pipeline.vae_scale_factor == 8 and pipeline.vae.config.latent_channels == 4
     scheduler = pipeline.scheduler.config

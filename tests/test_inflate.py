@@ -150,7 +150,6 @@ def test_every_recipe_inflates_runs_and_trains(unet, recipe):
 
 
 def test_recipes_that_differ_compute_different_things(unet):
-    """But for the ablations' own starting points, which are there for comparison."""
     outputs = {}
     for name, recipe in EVERY.items():
         with inflate(unet, recipe, generator=seeded()):
@@ -158,9 +157,6 @@ def test_recipes_that_differ_compute_different_things(unet):
                 if isinstance(module, TemporalAttention):
                     nn.init.normal_(module.to_out[0].weight, std=0.3, generator=seeded(2))
             outputs[name] = look(unet, *clip_inputs())
-    assert torch.equal(outputs.pop("ei2-r2"), outputs["ei2"])
-    assert torch.equal(outputs.pop("tav-layer-norm"), outputs["tune-a-video"])
-    assert torch.equal(outputs.pop("ei2-sparse-causal"), outputs["tav-centering-spectral"])
     # A fresh LayerNorm's learnable weights are still one and zero.
     assert_rounding(outputs.pop("tav-layer-norm-plain"), outputs["tune-a-video"])
     names = list(outputs)

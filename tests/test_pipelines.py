@@ -82,7 +82,8 @@ def seeded(seed=0):
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_edits_a_clip_whole(load, clip, method):
     pipe = load(method)
-    pipe.fit(clip, PROMPT, num_steps=1, generator=seeded())
+    tuned = 1 if pipe.settings.recipe.tuned else None
+    pipe.fit(clip, PROMPT, num_steps=tuned, generator=seeded())
     noise = pipe.invert(clip, num_inference_steps=2)
     frames = pipe("a blue star", num_inference_steps=2, output_type="pil").frames
     assert noise.shape == (3, 4, 4, 6)
@@ -365,6 +366,11 @@ def test_v_prediction_and_float16_tuning_are_refused(load, folder, clip):
     pipe = load().to(torch.float16)
     with pytest.raises(ValueError, match="float16"):
         pipe.fit(clip, PROMPT, num_steps=1)
+
+
+def test_steps_asked_of_a_method_that_tunes_nothing_are_refused(load, clip):
+    with pytest.raises(ValueError, match="tunes nothing"):
+        load("frame-by-frame").fit(clip, PROMPT, num_steps=3)
 
 
 def test_unknown_methods_name_the_known():

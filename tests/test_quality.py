@@ -121,15 +121,16 @@ def test_rows_are_kept_and_resumed(benchmark_run, tmp_path):
 
 def test_a_variant_runs_with_its_own_recipe(benchmark_run, monkeypatch):
     monkeypatch.setattr(quality, "ABLATIONS", {"ei2-r4": ABLATIONS["ei2-r4"]})
-    (row,) = benchmark_run([0], None, ablation=True)
-    assert row["method"] == "ei2-r4"
-    assert "others=4" in row["recipe"]
+    own, varied = benchmark_run([0], None, ablation=True)
+    assert [own["method"], varied["method"]] == ["ei2", "ei2-r4"]
+    assert "others=2" in own["recipe"] and "others=4" in varied["recipe"]
 
 
 def test_who_takes_part():
     assert [entrant.name for entrant in quality.entrants(None, False)] == list(METHODS)
-    variants = quality.entrants(None, True)
-    assert [entrant.name for entrant in variants] == list(ABLATIONS)
+    varied = quality.entrants(None, True)
+    assert [entrant.name for entrant in varied] == ["tune-a-video", "ei2", *ABLATIONS]
+    variants = varied[2:]
     assert all(e.method == {"tav": "tune-a-video", "ei2": "ei2"}[e.name[:3]] for e in variants)
     both = quality.entrants(["ei2"], True)
     assert [entrant.name for entrant in both] == ["ei2", *ABLATIONS]
