@@ -292,15 +292,16 @@ def test_cache_skips_what_was_done_and_recomputes_what_is_broken(load, clip, tmp
     assert run()[1].equal(noise)
 
 
-def test_cache_writes_nothing_by_halves(tmp_path, monkeypatch):
+def test_cache_writes_nothing_by_halves(tmp_path, monkeypatch, caplog):
     cache = Cache(tmp_path)
 
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("tvkernels.pipelines.cache.save_file", full)
-    with pytest.raises(OSError, match="No space"):
+    with caplog.at_level(logging.WARNING):
         cache.save("key", {"x": torch.ones(2)})
+    assert "No space" in caplog.text  # the work goes on without being kept
     assert not list(tmp_path.iterdir())
 
 
