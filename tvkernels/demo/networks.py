@@ -120,7 +120,8 @@ def save_pipeline(
         pipeline.save_pretrained(staged, safe_serialization=True)
         shutil.rmtree(staged / "tokenizer")
         vocabulary.save(staged / "tokenizer")
-        _in_float32(staged / "text_encoder" / "config.json")
+        for component in ("text_encoder", "unet", "vae"):
+            _clean(staged / component / "config.json")
         for source in sorted(staged.rglob("*")):
             part = source.relative_to(staged)
             if source.is_file() and (not only or part.parts[0] in only):
@@ -134,10 +135,13 @@ def load_pipeline(directory: Path) -> StableDiffusionPipeline:
     return pipeline
 
 
-def _in_float32(path: Path) -> None:
-    # Transformers 5 loads in the dtype that a config names, here the stored float16.
+def _clean(path: Path) -> None:
     config = json.loads(path.read_text())
-    config["dtype"] = "float32"
+    # Transformers 5 loads in the dtype that a config names, here the stored float16.
+    if "dtype" in config:
+        config["dtype"] = "float32"
+    # The folder that a resumed training had loaded from says nothing elsewhere.
+    config.pop("_name_or_path", None)
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
