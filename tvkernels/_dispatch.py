@@ -17,6 +17,9 @@ import torch
 from torch import Tensor
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")  # the order "auto" tries them in
+# "auto" leaves tensors on a CPU to the other backends: Triton's interpreter, the one thing here
+# that could take them, is for tests and runs by name.
+ON_DEVICE = ("cuda", "triton")
 LIBRARY = torch.library.Library("tvkernels", "DEF")
 OPS: dict[str, Op] = {}
 
@@ -113,8 +116,11 @@ class Op:
         """
         names = BACKENDS if backend == "auto" else (backend,)
         reasons = {}
+        on_cpu = backend == "auto" and _device_type(args) == "cpu"
         for name in names:
             reasons[name] = self.why_not(name, *args)
+            if on_cpu and name in ON_DEVICE:
+                reasons[name] = reasons[name] or ["on CPU tensors it runs by name only"]
             if not reasons[name]:
                 if backend == "auto" and name == "reference":
                     _say_once(self.name, tuple(f"{n}: {', '.join(r)}" for n, r in reasons.items()))
@@ -137,7 +143,11 @@ class Op:
             if hasattr(module, "backward"):
                 found = module.backward(grads, *args)
             else:
-                found = self._recompute(module.forward, grads, args)
+                # A kernel has no graph behind it: where it brings no backward, the composed
+                # PyTorch of `cpu`, which runs on every device, is run again.
+                kernel = backend_name(module) in ON_DEVICE
+                composed = self.backend("cpu") if kernel else module
+                found = self._recompute(composed.forward, grads, args)
         reached = self._reached(args)
         return [_laid_out_as(args[i], g) for i, g in zip(reached, found, strict=True)]
 
@@ -188,9 +198,18 @@ def _laid_out_as(x: Tensor, grad: Tensor) -> Tensor:
     return grad if grad.stride() == expected else torch.empty_like(x).copy_(grad)
 
 
+def backend_name(module: ModuleType) -> str:
+    """The name of a backend's module, "cpu"."""
+    return module.__name__.rpartition(".")[2]
+
+
+def _device_type(args) -> str:
+    return next((a.device.type for a in args if isinstance(a, Tensor)), "cpu")
+
+
 def _no_autocast(args):
     """Kernels see the dtypes they are given: autocast inside would break the contract."""
-    device = next((a.device.type for a in args if isinstance(a, Tensor)), "cpu")
+    device = _device_type(args)
     if torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
     return contextlib.nullcontext()

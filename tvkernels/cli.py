@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 from pathlib import Path
@@ -169,6 +170,43 @@ def demo(
     from tvkernels.demo.run import run
 
     run(output, clips, console(), _say)
+
+
+@app.command()
+def kernels(
+    arch: Annotated[
+        list[str] | None, typer.Option(help="sm_90 and the like, repeated. [default: all]")
+    ] = None,
+    op: Annotated[list[str] | None, typer.Option(help="Repeat it. [default: all]")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Also write the table as Markdown.")
+    ] = None,
+) -> None:
+    """Compile every shipped kernel for GPUs that need not be here, and judge the code.
+
+    The exit status is 1 where a kernel spills, exceeds shared memory, lacks its matrix
+    instructions or meets a known hazard of the compiler.
+    """
+    from tvkernels.testing import kernels
+
+    try:
+        rows = kernels.report(
+            op, arch or tuple(kernels.SHARED_LIMITS), say=lambda t: print(t, file=sys.stderr)
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if output is not None:
+        if not output.parent.is_dir():
+            raise ConfigError(f"no folder {output.parent}: make it, or name another")
+        output.write_text(kernels.markdown(rows))
+    if as_json:
+        print(json.dumps(rows, indent=1))
+    else:
+        for line in kernels.lines(rows):
+            print(line)
+    if any(row["faults"] for row in rows):
+        raise typer.Exit(UNEXPECTED)
 
 
 @bench.command()

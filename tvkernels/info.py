@@ -10,12 +10,11 @@ import platform
 from importlib import metadata
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import tvkernels
 from tvkernels._dispatch import BACKENDS, OPS
 from tvkernels.ops import NAMES
-from tvkernels.testing.calls import build
+from tvkernels.testing.calls import build, registered_arguments
 
 PACKAGES = ("triton", "diffusers", "transformers", "accelerate", "av", "xformers", "flash-attn")
 NOT_INSTALLED = "not installed"
@@ -80,40 +79,12 @@ def _op(name: str, device: str, dtype: torch.dtype) -> dict:
     spec = importlib.import_module(f"tvkernels.ops.{name}.spec").SPEC
     case = spec.small_cases[0]
     try:
-        args = _sample(spec, case, device, dtype)
+        args = registered_arguments(spec, build(spec, case, dtype, device=device))
     except Exception as error:  # a report of what is broken must not break with it
         reason = f"the sample call failed: {type(error).__name__}: {error}"
         return {"case": case, "backends": {backend: [reason] for backend in BACKENDS}}
     reasons = {backend: OPS[name].why_not(backend, *args) for backend in BACKENDS}
     return {"case": case, "backends": reasons}
-
-
-def _sample(spec, case: str, device: str, dtype: torch.dtype) -> tuple:
-    """The arguments that the public function hands to the registered op."""
-    positional, keyword = build(spec, case, dtype, device=device)
-    try:
-        with torch.no_grad(), _Probe(spec.name):
-            spec.call(*positional, **keyword)
-    except _Reached as reached:
-        return reached.args[0]
-    raise RuntimeError(f"{spec.name} never reached its registered op")
-
-
-class _Reached(Exception):
-    """Carries the arguments of the call that a probe waited for."""
-
-
-class _Probe(TorchDispatchMode):
-    """Stops at the call of one registered op, before a backend is chosen."""
-
-    def __init__(self, name: str):
-        super().__init__()
-        self.overload = OPS[name].overload
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function is self.overload:
-            raise _Reached(args[:-1])  # without the name of the backend
-        return function(*args, **(kwargs or {}))
 
 
 def text(data: dict) -> str:

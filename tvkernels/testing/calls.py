@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tvkernels._dispatch import OPS
 from tvkernels.testing.spec import Maker, OpSpec, to_dtype
 
 
@@ -87,4 +88,36 @@ class RegisteredCalls(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function.namespace == "tvkernels":
             self.calls.append((function, args))
+        return function(*args, **(kwargs or {}))
+
+
+def registered_arguments(spec: OpSpec, args) -> tuple:
+    """The arguments that the public function hands to the registered op; no backend runs.
+
+    Args:
+        args: as `build` gives them.
+    """
+    positional, keyword = args
+    try:
+        with torch.no_grad(), _Probe(spec.name):
+            spec.call(*positional, **keyword)
+    except _Reached as reached:
+        return reached.args[0]
+    raise RuntimeError(f"{spec.name} never reached its registered op")
+
+
+class _Reached(Exception):
+    """Carries the arguments of the call that a probe waited for."""
+
+
+class _Probe(TorchDispatchMode):
+    """Stops at the call of one registered op, before a backend is chosen."""
+
+    def __init__(self, name: str):
+        super().__init__()
+        self.overload = OPS[name].overload
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is self.overload:
+            raise _Reached(args[:-1])  # without the name of the backend
         return function(*args, **(kwargs or {}))

@@ -18,7 +18,8 @@ class OpSpec:
     Args:
         name: folder in `tvkernels.ops` and name of the public function.
         cases: case name -> parameters that `inputs` understands. Real UNet shapes start with
-            "sd15-" and are for benchmarks; all others are small and run in every test.
+            "sd" and are for benchmarks and offline kernel gates; all others are small and run in
+            every test.
         inputs: (parameters, make) -> (positional, keyword) arguments of the public function, where
             make(*shape, like=...) returns a fresh random tensor of the case's dtype and device.
         flops, bytes, exps: parameters -> count; bytes for an element size of 2 unless given.
@@ -47,7 +48,12 @@ class OpSpec:
     @property
     def small_cases(self) -> list[str]:
         """Cases that fit in a test on two cores."""
-        return [name for name in self.cases if not name.startswith("sd15-")]
+        return [name for name in self.cases if not name.startswith("sd")]
+
+    @property
+    def real_cases(self) -> list[str]:
+        """Cases of real UNets' shapes."""
+        return [name for name in self.cases if name.startswith("sd")]
 
 
 class Maker:

@@ -11,7 +11,14 @@ def _fake(z):
     return z.new_empty(z.shape)
 
 
-OP = Op("instance_center", "Tensor z", "Tensor", _fake, differentiable=(0,))
+OP = Op(
+    "instance_center",
+    "Tensor z",
+    "Tensor",
+    _fake,
+    backends=("triton", "cpu", "reference"),
+    differentiable=(0,),
+)
 
 
 def instance_center(z: Tensor, *, backend: str = "auto") -> Tensor:

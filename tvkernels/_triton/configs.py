@@ -1,0 +1,58 @@
+"""Tile sizes as data: an op's configs.json, first entry that fits."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+# Architectures whose configurations ship and are compiled offline, with the shared memory in bytes
+# that one program may use there (CUDA programming guide, table of compute capabilities).
+SHARED_LIMITS = {
+    "sm_80": 163 * 1024,
+    "sm_86": 99 * 1024,
+    "sm_89": 99 * 1024,
+    "sm_90": 227 * 1024,
+    "sm_100": 227 * 1024,
+}
+INTERPRETER = "interpreter"  # tiles small enough that tiny test shapes still take several
+
+
+def architecture(major: int, minor: int) -> str:
+    """The shipped architecture whose configurations suit compute capability major.minor."""
+    if major >= 12:  # consumer Blackwell has 99 KB of shared memory and no wgmma, as sm_89
+        return "sm_89"
+    number = 10 * major + minor
+    known = [int(name[3:]) for name in SHARED_LIMITS]
+    return f"sm_{max((n for n in known if n <= number), default=known[0])}"
+
+
+def choose(op: str, kernel: str, **facts: Any) -> dict[str, int]:
+    """The configuration of one kernel of an op: constants of the kernel, num_warps, num_stages.
+
+    Args:
+        op: folder in `tvkernels.ops`.
+        kernel: the "kernel" of the entries in its configs.json.
+        facts: "arch" (as `launch.arch` says), "dtype" ("float16", ...), "head_dim" and the like.
+            An entry fits where it agrees with every fact that it names: a list holds the fact,
+            {"max": n} is not below it.
+    Raises:
+        LookupError: no entry fits.
+    """
+    for entry in entries(op):
+        if entry["kernel"] == kernel and all(_fits(entry.get(n), v) for n, v in facts.items()):
+            return dict(entry["config"])
+    raise LookupError(f"{op}/configs.json has no entry of kernel {kernel!r} for {facts}")
+
+
+@cache
+def entries(op: str) -> list[dict]:
+    """All entries of an op's configs.json, each with "kernel", "config" and "source"."""
+    return json.loads((files("tvkernels.ops") / op / "configs.json").read_text())
+
+
+def _fits(wanted, fact) -> bool:
+    if wanted is None:
+        return True
+    return fact <= wanted["max"] if isinstance(wanted, dict) else fact in wanted
