@@ -55,6 +55,8 @@ PAIRS = (
     ("ei2", "frame-by-frame"),
     *((name, "tune-a-video") for name in ABLATIONS),
     *((name, "ei2-sparse-causal") for name in ("ei2", "ei2-r4")),
+    ("ei2-frame-norm", "tav-frame-norm"),
+    *((name, "frame-by-frame") for name in ("tav-frame-norm", "ei2-frame-norm")),
 )
 
 

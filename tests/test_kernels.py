@@ -1,0 +1,179 @@
+"""The offline gates: every kernel compiled for GPUs that are not here, and what turns them red."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tvkernels._dispatch import OPS
+
+pytest.importorskip("triton")
+
+from tvkernels._triton import configs, launch, support
+from tvkernels.testing import kernels
+
+ROOT = Path(__file__).parents[1]
+FIELDS = {
+    "op", "config", "arch", "registers", "spill_bytes", "shared_bytes", "hgmma", "mufu_ex2",
+}  # fmt: skip
+
+
+def tvk_kernels(*arguments):
+    """`tvk kernels` in a process of its own: this one holds the interpreter's kernels."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, "-m", "tvkernels", "kernels", *arguments],
+        capture_output=True, text=True, cwd=ROOT, env=env, check=False,
+    )  # fmt: skip
+
+
+def test_every_shipped_kernel_is_green_on_hopper():
+    """.ci/run asks the same of all architectures; reports are kept by content."""
+    result = tvk_kernels("--arch", "sm_90", "--json")
+    rows = json.loads(result.stdout)
+    faults = [(row["op"], row["kernel"], row["config"], f) for row in rows for f in row["faults"]]
+    assert not faults
+    assert result.returncode == 0, result.stderr
+    assert all(row.keys() >= FIELDS for row in rows)
+    assert {row["op"] for row in rows} == {n for n, op in OPS.items() if "triton" in op.backends}
+    assert {row["dtype"] for row in rows} == {"fp16", "bf16", "fp32"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (("--arch", "sm_70"), "unknown architecture 'sm_70': use one of sm_80, sm_86"),
+        (("--op", "attention"), "unknown op with a triton backend 'attention': use one of frame_"),
+        (("--arch", "sm_90", "-o", "nowhere/table.md"), "no folder nowhere"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, complaint):
+    result = tvk_kernels(*arguments)
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert complaint in line
+
+
+def test_the_interpreter_cannot_compile():
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1 turns compilation off"):
+        kernels.compilations("instance_center", "sm_90")
+
+
+COMPILATION = kernels.Compilation(
+    "frame_attention", "tvkernels.ops.frame_attention.triton", "_attend", "sm_90",
+    (("q", "*bf16"), ("D", "constexpr")), (("D", 40),), (0,), (("num_warps", 4),), "",
+)  # fmt: skip
+GREEN = {
+    "spill_bytes": 0, "shared_bytes": 60_000, "hgmma": 11, "waits": 3, "warps": 4,
+    "pending_waits": 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ({"spill_bytes": 8}, "spills 8 bytes"),
+        ({"shared_bytes": 240_000}, "240000 bytes of shared memory of 232448"),
+        ({"hgmma": 0}, "no wgmma"),
+        ({"waits": 11}, "wgmma serialised: 11 waits for 11 products"),
+        ({"warps": 8}, "wgmma in 8 warps"),
+        ({"pending_waits": 2}, "2 waits leave a product in flight"),
+    ],
+)
+def test_each_fault_turns_a_row_red(change, fault, monkeypatch):
+    module = OPS["frame_attention"].backend("triton")
+    monkeypatch.setattr(module, "WGMMA", ("_attend",), raising=False)
+    monkeypatch.setattr(kernels.triton, "__version__", "3.7.0")
+    assert kernels.faults(COMPILATION, GREEN) == []
+    (found,) = kernels.faults(COMPILATION, GREEN | change)
+    assert fault in found
+
+
+def test_the_hazards_of_hopper_are_asked_of_hopper_only():
+    older = dataclasses.replace(COMPILATION, arch="sm_80")
+    assert kernels.faults(older, GREEN | {"hgmma": 0, "warps": 8}) == []
+    assert kernels.faults(older, GREEN | {"shared_bytes": 200_000})
+
+
+def test_blocks_per_multiprocessor():
+    numbers = {"registers": 168, "shared_bytes": 51_200, "warps": 4}
+    assert kernels._blocks("sm_90", numbers) == 3  # 65536 / (168 x 128) registers
+    assert kernels._blocks("sm_86", numbers) == 1  # 100 KB / 51 KB
+    assert kernels._blocks("sm_80", numbers | {"registers": 32, "shared_bytes": 0}) == 16
+
+
+def test_configurations_are_chosen_by_fact():
+    for name, op in OPS.items():
+        if "triton" not in op.backends:
+            continue
+        entries = configs.entries(name)
+        assert all({"kernel", "config", "source"} <= entry.keys() for entry in entries), name
+        assert all(entry["source"] for entry in entries), name
+    with pytest.raises(LookupError, match="no entry of kernel 'nothing'"):
+        configs.choose("instance_center", "nothing", arch="sm_90")
+
+
+@pytest.mark.parametrize(
+    ("capability", "arch"),
+    [((8, 0), "sm_80"), ((8, 7), "sm_86"), ((8, 9), "sm_89"), ((9, 0), "sm_90"),
+     ((10, 3), "sm_100"), ((12, 0), "sm_89")],
+)  # fmt: skip
+def test_a_device_takes_the_nearest_older_configuration(capability, arch):
+    assert configs.architecture(*capability) == arch
+
+
+class Device:
+    """What `support` asks of a CUDA device, without one."""
+
+    def __init__(self, monkeypatch, capability, ptxas):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(support, "interpreted", lambda: False)
+        monkeypatch.setattr(support, "ptxas_version", lambda: ptxas)
+        monkeypatch.delenv(support.UNSAFE, raising=False)
+
+
+def on_cuda():
+    with torch._subclasses.FakeTensorMode():
+        return torch.empty(2, dtype=torch.float16, device="cuda")
+
+
+def test_a_known_bad_ptxas_is_a_reason_on_hopper_and_can_be_overridden(monkeypatch):
+    Device(monkeypatch, (9, 0), (12, 8))
+    (reason,) = support.why_not(on_cuda(), matrices=True)
+    assert "ptxas 12.8 miscompiles attention on sm_90" in reason
+    assert "TRITON_PTXAS_PATH" in reason
+    assert support.why_not(on_cuda(), matrices=False) == []
+    monkeypatch.setenv(support.UNSAFE, "1")
+    assert support.why_not(on_cuda(), matrices=True) == []
+
+
+@pytest.mark.parametrize(("capability", "ptxas"), [((9, 0), (13, 3)), ((8, 9), (12, 8))])
+def test_other_pairs_run(monkeypatch, capability, ptxas):
+    Device(monkeypatch, capability, ptxas)
+    assert support.why_not(on_cuda(), matrices=True) == []
+
+
+def test_an_old_gpu_says_so(monkeypatch):
+    Device(monkeypatch, (7, 5), (13, 3))
+    (reason,) = support.why_not(on_cuda())
+    assert "compute capability 7.5: 8.0 or newer" in reason
+
+
+def test_other_reasons(monkeypatch):
+    monkeypatch.setattr(support, "interpreted", lambda: False)
+    (reason,) = support.why_not(torch.empty(1))
+    assert "on the cpu, the kernels need a CUDA device" in reason
+    double, single = support.why_not(torch.empty(1, dtype=torch.float64))
+    assert "no kernel for torch.float64" in double and "CUDA device" in single
+    monkeypatch.setattr(support.triton, "__version__", "3.5.1")
+    assert "triton 3.5.1 is older than 3.6" in support.why_not(torch.empty(1))[0]
+
+
+def test_nothing_is_launched_for_an_empty_grid():
+    launch.launch(None, (0,), {}, {})
