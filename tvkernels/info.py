@@ -53,7 +53,19 @@ def _versions() -> dict[str, str]:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = NOT_INSTALLED
+    versions["ptxas"] = _ptxas()
     return versions
+
+
+def _ptxas() -> str:
+    """The assembler behind Triton's kernels: some versions are wrong on some architectures."""
+    try:
+        support = importlib.import_module("tvkernels._triton.support")
+    except ImportError:
+        return "none, for triton brings it"
+    major, minor = support.ptxas_version()
+    whose = "TRITON_PTXAS_PATH" if os.environ.get("TRITON_PTXAS_PATH") else "triton's own"
+    return f"{major}.{minor}, {whose}" if major else f"none that runs, {whose}"
 
 
 def _driver() -> str:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from importlib.resources import files
+from types import MappingProxyType
 from typing import Any
 
 # Architectures whose configurations ship and are compiled offline, with the shared memory in bytes
@@ -40,10 +44,25 @@ def choose(op: str, kernel: str, **facts: Any) -> dict[str, int]:
     Raises:
         LookupError: no entry fits.
     """
+    if (op, kernel) in _overrides.get():
+        return dict(_overrides.get()[op, kernel])
     for entry in entries(op):
         if entry["kernel"] == kernel and all(_fits(entry.get(n), v) for n, v in facts.items()):
             return dict(entry["config"])
     raise LookupError(f"{op}/configs.json has no entry of kernel {kernel!r} for {facts}")
+
+
+_overrides: ContextVar[Mapping] = ContextVar("overrides", default=MappingProxyType({}))
+
+
+@contextmanager
+def override(op: str, kernel: str, config: dict[str, int]) -> Iterator[None]:
+    """Inside, `choose` gives this configuration for one kernel of an op: what tuning tries."""
+    token = _overrides.set({**_overrides.get(), (op, kernel): config})
+    try:
+        yield
+    finally:
+        _overrides.reset(token)
 
 
 @cache
