@@ -10,16 +10,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import subprocess
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from datetime import datetime, timezone
 from pathlib import Path
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from tvkernels.benchmarks.machine import commit, today
 from tvkernels.config import ConfigError
 from tvkernels.demo import MODEL_DIR
 from tvkernels.demo.measure import edit_scene
@@ -214,8 +213,8 @@ def _measure(pipe, numbers, scene: int, seed: int) -> dict:
         "measures": {n: None if v is None else round(v, 6) for n, v in measures.items()},
         "device": device_name(pipe.device),
         "versions": versions(),
-        "commit": _commit(),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "date": today(),
     }
 
 
@@ -237,19 +236,6 @@ def _model_digest() -> str:
     for file in sorted(MODEL_DIR.rglob("*.safetensors")):
         digest.update(file.read_bytes())
     return digest.hexdigest()[:12]
-
-
-def _commit() -> str | None:
-    """The checkout's commit, with a + where files differ from it; None outside a checkout."""
-    git = ["git", "-C", str(Path(__file__).resolve().parent)]
-    try:
-        commit, changes = (
-            subprocess.run([*git, *words], capture_output=True, text=True, check=True).stdout
-            for words in (("rev-parse", "--short", "HEAD"), ("status", "--porcelain", "-uno"))
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return commit.strip() + ("+" if changes.strip() else "")
 
 
 def _summary(measures: dict) -> str:

@@ -40,7 +40,7 @@ def clips():
 def pytest_terminal_summary(terminalreporter):
     missing = []
     if not torch.cuda.is_available():
-        missing.append("gpu tests: no CUDA device")
+        missing.append("kernels on a device (make gpu): no CUDA device")
     if importlib.util.find_spec("triton") is None:
         missing.append("interpreter tests: triton is not installed")
     if not any(CLIPS.glob("*.mp4")):

@@ -246,6 +246,69 @@ def quality(
     )  # fmt: skip
 
 
+@bench.command()
+def ops(
+    op: Annotated[list[str] | None, typer.Option(help="Repeat it. [default: all]")] = None,
+    case: Annotated[
+        list[str] | None,
+        typer.Option(help="Repeat it. [default: real shapes; on a CPU small stand-ins for them]"),
+    ] = None,
+    provider: Annotated[
+        list[str] | None,
+        typer.Option(help="triton, reference, sdpa-flash and so on, repeated. [default: all]"),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:1. [default: the GPU if there is one]")
+    ] = None,
+    dtype: Annotated[
+        list[str] | None,
+        typer.Option(help="Repeat it. [default: bfloat16, on a CPU float32]"),
+    ] = None,
+    backward: Annotated[
+        bool, typer.Option("--backward", help="Forward and backward together.")
+    ] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Appended to. [default: benchmarks/results/]"),
+    ] = None,
+) -> None:
+    """Check and time the ops against everything else that can run them, and against the limit.
+
+    The exit status is 1 where a result is wrong; a wrong one is not timed.
+    """
+    from tvkernels.benchmarks import run as measure
+
+    try:
+        rows = measure.run(
+            op, case, provider, device=device, dtypes=dtype, backward=backward, output=output,
+            say=_say,
+        )  # fmt: skip
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if any(row["status"] == measure.WRONG for row in rows):
+        raise typer.Exit(UNEXPECTED)
+
+
+@bench.command()
+def report(
+    results: Annotated[
+        Path | None, typer.Argument(help="JSONL of `tvk bench ops`. [default: where it writes]")
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="OUT.md. [default: beside the results]"),
+    ] = None,
+) -> None:
+    """Make the table and the picture of measured ops: time against the limit, and memory."""
+    from tvkernels.benchmarks import report as reports
+    from tvkernels.benchmarks.run import RESULTS
+
+    try:
+        reports.write(results or RESULTS, output, _say)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
 def console() -> Console:
     """Standard output; where it is no terminal, wide enough for every table."""
     return Console(width=None if sys.stdout.isatty() else 160)

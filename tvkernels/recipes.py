@@ -81,8 +81,8 @@ def _variant(base: Recipe, name: str, norm: str) -> Recipe:
 # EI2's figure 4 changes Tune-A-Video's temporal module alone, figure 5 EI2's pattern alone.
 # The methods themselves are the other ends: the learnable layer norm, and ratio 2.
 # Sparse-causal EI2 is also figure 4's last step, Tune-A-Video with centering and spectral norms.
-# The frame norms are not the papers': both take the clip-wide ones over from public code, and these
-# say what that costs a model which was trained on single pictures.
+# The frame norms are not the papers': both take the clip-wide ones over from public code, and
+# these say what that costs a model which was trained on single pictures.
 ABLATIONS = {
     recipe.name: recipe
     for recipe in (

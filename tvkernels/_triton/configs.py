@@ -44,6 +44,9 @@ def choose(op: str, kernel: str, **facts: Any) -> dict[str, int]:
     Raises:
         LookupError: no entry fits.
     """
+    asked = _asked.get()
+    if asked is not None:
+        asked.append((op, kernel, facts))
     if (op, kernel) in _overrides.get():
         return dict(_overrides.get()[op, kernel])
     for entry in entries(op):
@@ -53,6 +56,20 @@ def choose(op: str, kernel: str, **facts: Any) -> dict[str, int]:
 
 
 _overrides: ContextVar[Mapping] = ContextVar("overrides", default=MappingProxyType({}))
+
+
+_asked: ContextVar[list | None] = ContextVar("asked", default=None)
+
+
+@contextmanager
+def listen() -> Iterator[list[tuple[str, str, dict]]]:
+    """Inside, every question to `choose` is kept: (op, kernel, facts)."""
+    asked: list[tuple[str, str, dict]] = []
+    token = _asked.set(asked)
+    try:
+        yield asked
+    finally:
+        _asked.reset(token)
 
 
 @contextmanager

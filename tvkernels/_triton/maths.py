@@ -58,12 +58,6 @@ def exp2(x, EMULATE: tl.constexpr):
 
 
 @triton.jit
-def aligned(stride, ALIGN: tl.constexpr):
-    """`stride`, shown to the compiler as the multiple of ALIGN that the host found it to be."""
-    return stride // ALIGN * ALIGN
-
-
-@triton.jit
 def tile(
     base, size, row_stride, column_stride,
     ROWS: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr,

@@ -26,7 +26,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--evaluate", action="store_true", help="measure --out, train nothing")
     parser.add_argument("--vae-minutes", type=float, default=25.0)
     parser.add_argument("--decoder-minutes", type=float, default=9.0)
-    parser.add_argument("--unet-minutes", type=float, default=60.0)
+    parser.add_argument("--unet-minutes", type=float, default=130.0)
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true", help="start from the weights in --out")

@@ -99,27 +99,33 @@ class Compilation:
         return hashlib.sha256(content.encode()).hexdigest()[:32]
 
 
-def compilations(op: str, arch: str, dtypes: Sequence[torch.dtype] = DTYPES) -> list[Compilation]:
+def compilations(
+    op: str,
+    arch: str,
+    dtypes: Sequence[torch.dtype] = DTYPES,
+    cases: Sequence[str] | None = None,
+) -> list[Compilation]:
     """All that an op launches for its real cases, forward and backward, each once.
 
     Args:
         op: a name of `tvkernels.ops.NAMES` with a triton backend.
         arch: a name of `tvkernels._triton.configs.SHARED_LIMITS`.
         dtypes: of the inputs.
+        cases: names of the op's cases; its real ones if None.
     """
     if interpreted():
         raise RuntimeError("TRITON_INTERPRET=1 turns compilation off: unset it")
     found = {}
     for dtype in dtypes:
-        for launch in _launches(OPS[op], specs()[op], arch, dtype):
+        for launch in _launches(OPS[op], specs()[op], arch, dtype, cases):
             compilation = _compilation(op, arch, launch)
             found[compilation] = None
     return list(found)
 
 
-def _launches(op: Op, spec, arch: str, dtype: torch.dtype) -> Iterator[Launch]:
+def _launches(op: Op, spec, arch: str, dtype: torch.dtype, cases) -> Iterator[Launch]:
     module = op.backend("triton")
-    for case in spec.real_cases:
+    for case in spec.real_cases if cases is None else cases:
         with FakeTensorMode(), record(arch) as recorder, torch.no_grad():
             args = build(spec, case, dtype)
             args = registered_arguments(spec, tree_map_only(Tensor, _on_cuda, args))
@@ -219,7 +225,7 @@ def report(
                 _keep(cache / f"{c.key}.json", numbers)
                 if done % 25 == 0:
                     say(f"{done} of {len(missing)} compiled")
-    return [_row(c, json.loads((cache / f"{c.key}.json").read_text())) for c in wanted]
+    return [row(c, json.loads((cache / f"{c.key}.json").read_text())) for c in wanted]
 
 
 def _check_names(given, known, what: str) -> None:
@@ -256,14 +262,16 @@ def measure(c: Compilation) -> dict:
         sass = _cuobjdump("--dump-sass", file.name)
     numbers = {name: len(re.findall(pattern, sass)) for name, pattern in COUNTED.items()}
     ttgir = str(compiled.asm["ttgir"])
+    in_registers = len(re.findall(r"warp_group_dot %.* : tensor<", ttgir))
+    pending = len(re.findall(r"warp_group_dot_wait.*pendings = [1-9]", ttgir))
     return numbers | {
         "registers": int(re.search(r"REG:(\d+)", usage)[1]),
         "stack_bytes": int(re.search(r"STACK:(\d+)", usage)[1]),
         "shared_bytes": compiled.metadata.shared,
         "warps": compiled.metadata.num_warps,
         # Products whose left operand stays in registers, and waits that leave some unfinished.
-        "register_products": len(re.findall(r"warp_group_dot %.*-> |warp_group_dot %", ttgir)),
-        "pending_waits": len(re.findall(r"warp_group_dot_wait.*pendings = [1-9]", ttgir)),
+        "register_products": in_registers,
+        "pending_waits": in_registers and pending,
     }
 
 
@@ -272,12 +280,13 @@ def _cuobjdump(*arguments: str) -> str:
     return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout
 
 
-def _row(c: Compilation, numbers: dict) -> dict:
+def row(c: Compilation, numbers: dict) -> dict:
+    """A row of `report` from what `measure` found."""
     spilled = numbers["stack_bytes"] if numbers["local_accesses"] else 0
-    row = {"op": c.op, "kernel": c.kernel, "config": c.config, "arch": c.arch, "dtype": c.dtype}
-    row |= {"spill_bytes": spilled, **numbers, "blocks_per_sm": _blocks(c.arch, numbers)}
-    row["ptxas"] = _assembler(c.arch)
-    return row | {"faults": faults(c, row)}
+    found = {"op": c.op, "kernel": c.kernel, "config": c.config, "arch": c.arch, "dtype": c.dtype}
+    found |= {"spill_bytes": spilled, **numbers, "blocks_per_sm": _blocks(c.arch, numbers)}
+    found["ptxas"] = _assembler(c.arch)
+    return found | {"faults": faults(c, found)}
 
 
 def _blocks(arch: str, numbers: dict) -> int:
