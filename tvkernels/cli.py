@@ -178,6 +178,9 @@ def kernels(
         list[str] | None, typer.Option(help="sm_90 and the like, repeated. [default: all]")
     ] = None,
     op: Annotated[list[str] | None, typer.Option(help="Repeat it. [default: all]")] = None,
+    dtype: Annotated[
+        list[str] | None, typer.Option(help="float16, bfloat16, float32. [default: all]")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Also write the table as Markdown.")
@@ -192,7 +195,10 @@ def kernels(
 
     try:
         rows = kernels.report(
-            op, arch or tuple(kernels.SHARED_LIMITS), say=lambda t: print(t, file=sys.stderr)
+            op,
+            arch or tuple(kernels.SHARED_LIMITS),
+            dtypes=dtype or tuple(kernels.DTYPES),
+            say=lambda text: print(text, file=sys.stderr),
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error

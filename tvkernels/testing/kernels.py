@@ -35,7 +35,7 @@ from tvkernels._triton.support import interpreted, version
 from tvkernels.ops import NAMES, specs
 from tvkernels.testing.calls import build, registered_arguments, tensors
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 POINTERS = {
     torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32",
     torch.float64: "*fp64", torch.int32: "*i32", torch.int64: "*i64", torch.bool: "*i1",
@@ -102,7 +102,7 @@ class Compilation:
 def compilations(
     op: str,
     arch: str,
-    dtypes: Sequence[torch.dtype] = DTYPES,
+    dtypes: Sequence[torch.dtype] = tuple(DTYPES.values()),
     cases: Sequence[str] | None = None,
 ) -> list[Compilation]:
     """All that an op launches for its real cases, forward and backward, each once.
@@ -184,7 +184,7 @@ def report(
     ops: Sequence[str] | None = None,
     archs: Sequence[str] = tuple(SHARED_LIMITS),
     *,
-    dtypes: Sequence[torch.dtype] = DTYPES,
+    dtypes: Sequence[str] = tuple(DTYPES),
     workers: int | None = None,
     cache: Path | None = None,
     say: Callable[[str], None] = lambda text: None,
@@ -194,7 +194,7 @@ def report(
     Args:
         ops: names; all that have a triton backend if None.
         archs: names of `SHARED_LIMITS`.
-        dtypes: of the inputs.
+        dtypes: names of `DTYPES`, of the inputs.
         workers: processes that compile; one for each core if None.
         cache: folder of reports by content; $XDG_CACHE_HOME/tvkernels/kernels if None.
         say: shows one line of progress.
@@ -204,15 +204,17 @@ def report(
         "async_copies", "waits", "local_accesses"), "blocks_per_sm", "ptxas", "faults" (a list of
         texts, empty where all is well).
     Raises:
-        ValueError: unknown architecture or op.
+        ValueError: unknown architecture, op or dtype.
     """
     _check_names(archs, SHARED_LIMITS, "architecture")
+    _check_names(dtypes, DTYPES, "dtype")
     kernels = [name for name in NAMES if "triton" in OPS[name].backends]
     _check_names(ops or (), kernels, "op with a triton backend")
     if cache is None:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         cache = home / "tvkernels" / "kernels"
-    wanted = [c for a in archs for op in ops or kernels for c in compilations(op, a, dtypes)]
+    types = [DTYPES[name] for name in dtypes]
+    wanted = [c for a in archs for op in ops or kernels for c in compilations(op, a, types)]
     missing = [c for c in wanted if not (cache / f"{c.key}.json").exists()]
     if missing:
         say(f"{len(missing)} of {len(wanted)} kernels to compile")

@@ -20,12 +20,16 @@ CASES = {
     "no_bias": _case(1, 3, 2, 8, 2, bias=False),
     "offset": _case(1, 8, 4, 16, 2, offset=8.0),  # what centering is for: mean above deviation
     "zero_sigma": _case(1, 3, 4, 8, 2, sigma="zero"),
+    "wide": _case(1, 3, 2, 328, 2),  # more channels than a fused kernel takes
+    "many_frames": _case(1, 17, 3, 40, 2),
     "no_batch": _case(0, 3, 4, 8, 2),
     "no_frame": _case(1, 0, 4, 8, 2),
     **{
         f"sd15-{side}": _case(2, 16, side * side, c, 8)
         for side, c in ((64, 320), (32, 640), (16, 1280), (8, 1280))
     },
+    # To 16 frames one configuration serves, from 17 to 32 another.
+    "sd15-64-24f": _case(2, 24, 64 * 64, 320, 8),
 }
 
 

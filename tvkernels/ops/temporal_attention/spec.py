@@ -15,11 +15,19 @@ CASES = {
     "five_frames": _case(1, 5, 7, 3, 5),
     "one_token": _case(2, 4, 1, 1, 16),
     "scaled": _case(1, 3, 4, 2, 8, scale=0.7),
+    "seventeen_frames": _case(1, 17, 3, 2, 40),
+    "many_frames": _case(1, 35, 3, 2, 24),
     "no_batch": _case(0, 3, 4, 2, 8),
     "no_frame": _case(1, 0, 4, 2, 8),
     **{
         f"sd15-{side}": _case(2, 16, side * side, 8, d)
         for side, d in ((64, 40), (32, 80), (16, 160), (8, 160))
+    },
+    # AnimateDiff's temporal layers with guidance are the first three. One kernel serves to 16
+    # frames, its wider form to 32, another beyond.
+    **{
+        f"sd15-{side}-{frames}f": _case(2, frames, side * side, 8, d)
+        for side, d, frames in ((64, 40, 24), (32, 80, 24), (16, 160, 24), (16, 160, 48))
     },
 }
 
