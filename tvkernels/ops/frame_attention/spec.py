@@ -19,8 +19,10 @@ PATTERNS = {
 }
 
 
-def _case(pattern, f, grid, h, d, b=1, lse=False):
-    return {"pattern": pattern, "b": b, "f": f, "grid": grid, "h": h, "d": d, "lse": lse}
+def _case(pattern, f, grid, h, d, b=1, lse=False, queries=None):
+    """`queries` are those of f cached frames that ask; all of them if None."""
+    case = {"pattern": pattern, "b": b, "f": f, "grid": grid, "h": h, "d": d, "lse": lse}
+    return case | {"queries": queries}
 
 
 CASES = {
@@ -41,19 +43,39 @@ CASES = {
     "lse_own": _case("own", 3, (4, 4), 2, 8, lse=True),
     "lse_no_batch": _case("own", 2, (4, 4), 2, 8, b=0, lse=True),
     "d40": _case("first_previous", 2, (4, 4), 2, 40),
+    "whole": _case("fine_coarse2_sized", 2, (8, 8), 1, 8),
+    "d20": _case("fine_coarse2", 2, (6, 4), 1, 20),
+    "d33_lse": _case("fine_coarse2_sized", 2, (3, 5), 1, 33, lse=True),
+    "cached": _case("first_previous", 5, (3, 6), 2, 8, b=2, queries=(3, 4)),
+    "cached_coarse": _case("fine_coarse2", 4, (2, 9), 1, 24, queries=(2,), lse=True),
     **{
         f"sd15-{name}-{side}": _case(name, 8, (side, side), 8, d, b=2)
         for name in ("own", "first_previous", "fine_coarse2")
         for side, d in ((64, 40), (32, 80), (16, 160), (8, 160))
     },
+    "sd15-lse-64": _case("own", 8, (64, 64), 8, 40, b=2, lse=True),
+    "sd15-sized-64": _case("fine_coarse2_sized", 8, (64, 64), 8, 40, b=2),
+    "sd15-guidance-64": _case("fine_coarse2", 24, (64, 64), 8, 40, b=2),
+    # 768 x 432: grids and token counts that no tile divides.
+    "sd15-wide-54": _case("fine_coarse4", 8, (54, 96), 8, 40, b=2),
+    "sd15-wide-14": _case("fine_coarse4", 8, (14, 24), 8, 160, b=2),
+    "sd21-own-64": _case("own", 8, (64, 64), 5, 64, b=2),
+    "sd21-fine_coarse2-32": _case("fine_coarse2", 8, (32, 32), 10, 64, b=2),
+    "sd-d32": _case("own", 8, (32, 32), 8, 32),
+    "sd-d96": _case("own", 8, (32, 32), 8, 96),
+    "sd-d128": _case("own", 8, (32, 32), 8, 128),
 }
 
 
 def inputs(case, make):
     """q, k, v, the pattern and the options of one case."""
     h, w = case["grid"]
-    q, k, v = (make(case["b"], case["f"], h * w, case["h"], case["d"]) for _ in range(3))
-    return [q, k, v, PATTERNS[case["pattern"]]], {"grid": case["grid"], "return_lse": case["lse"]}
+    frames = case["f"] if case["queries"] is None else len(case["queries"])
+    q, k, v = (make(case["b"], f, h * w, case["h"], case["d"]) for f in (frames, *[case["f"]] * 2))
+    pattern = PATTERNS[case["pattern"]]
+    if case["queries"] is not None:
+        pattern = pattern.table(case["f"], queries=case["queries"])
+    return [q, k, v, pattern], {"grid": case["grid"], "return_lse": case["lse"]}
 
 
 def _pairs(case):
@@ -61,7 +83,7 @@ def _pairs(case):
     h, w = case["grid"]
     tokens = {0: h * w}
     total = 0
-    for row in PATTERNS[case["pattern"]].segments(case["f"]):
+    for row in PATTERNS[case["pattern"]].segments(case["f"], case["queries"]):
         for s in row:
             tokens.setdefault(s.level, -(-h // max(s.level, 1)) * -(-w // max(s.level, 1)))
             total += tokens[s.level]
