@@ -11,8 +11,11 @@ from tvkernels.testing.spec import OpSpec
 LEVELS = (0.62, 0.71, 7.5)  # alpha_bar, alpha_bar at the target, guidance
 
 
-def _case(shape, guided=True, mask=None, step=LEVELS):
-    return {"shape": shape, "guided": guided, "mask": mask, "step": step}
+def _case(shape, guided=True, mask=None, step=LEVELS, boolean=False, frames_inside=False):
+    return {
+        "shape": shape, "guided": guided, "mask": mask, "step": step, "boolean": boolean,
+        "frames_inside": frames_inside,
+    }  # fmt: skip
 
 
 CASES = {
@@ -21,6 +24,9 @@ CASES = {
     "frames_as_batch": _case((3, 4, 5, 7)),
     "masked": _case((2, 3, 4, 6, 5), mask=(2, 3, 1, 6, 5)),
     "one_mask": _case((1, 3, 4, 4, 4), guided=False, mask=(4, 4)),
+    "bool_mask": _case((2, 3, 4, 4, 5), mask=(2, 3, 1, 4, 5), boolean=True),
+    # [B, C, F, h, w] in memory, as video UNets of diffusers hold latents
+    "frames_inside": _case((2, 3, 4, 4, 5), mask=(2, 3, 1, 4, 5), frames_inside=True),
     "noisy": _case((1, 2, 4, 4, 4), step=(0.0047, 0.0058, 7.5)),
     "inversion": _case((1, 2, 4, 4, 4), guided=False, step=(0.9991, 0.9843, 1.0)),
     "no_frame": _case((1, 0, 4, 4, 4)),
@@ -35,12 +41,15 @@ def inputs(case, make):
     """Latents, noise, the step and, where the case has one, mask and background."""
     shape, mask = case["shape"], case["mask"]
     sample = make(*shape)
+    if case["frames_inside"]:
+        sample = sample.transpose(1, 2).contiguous().transpose(1, 2)
     noise = make(shape[0] * (2 if case["guided"] else 1), *shape[1:])
     step = torch.tensor(case["step"], dtype=torch.float32, device=sample.device)
-    blend = (
-        {} if mask is None else {"mask": make(*mask, positive=True), "background": make(*shape)}
-    )
-    return [sample, noise, step], blend
+    if mask is None:
+        return [sample, noise, step], {}
+    mask = make(*mask, positive=True)
+    mask = mask > 0.4 if case["boolean"] else mask
+    return [sample, noise, step], {"mask": mask, "background": make(*shape)}
 
 
 def _numbers(case):

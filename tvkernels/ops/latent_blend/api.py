@@ -13,7 +13,13 @@ def _fake(foreground, background, mask):
     return None
 
 
-OP = Op("latent_blend", "Tensor(a!) foreground, Tensor background, Tensor mask", "()", _fake)
+OP = Op(
+    "latent_blend",
+    "Tensor(a!) foreground, Tensor background, Tensor mask",
+    "()",
+    _fake,
+    backends=("triton", "cpu", "reference"),
+)
 
 
 def latent_blend(

@@ -11,6 +11,7 @@ CASES = {
     "one_mask": {"shape": (1, 3, 4, 5, 7), "mask": (5, 7)},
     "full_mask": {"shape": (3, 4, 5, 7), "mask": (3, 4, 5, 7)},
     "one_frame": {"shape": (1, 1, 4, 4, 4), "mask": (1, 1, 1, 4, 4)},
+    "bool_mask": {"shape": (2, 3, 4, 4, 5), "mask": (3, 1, 4, 5), "boolean": True},
     "no_frame": {"shape": (1, 0, 4, 4, 4), "mask": (1, 0, 1, 4, 4)},
     "no_batch": {"shape": (0, 3, 4, 4, 4), "mask": (1,)},
     "sd15-512": {"shape": (1, 16, 4, 64, 64), "mask": (1, 16, 1, 64, 64)},
@@ -20,7 +21,9 @@ CASES = {
 
 def inputs(case, make):
     """Foreground, background and mask."""
-    return [make(*case["shape"]), make(*case["shape"]), make(*case["mask"], positive=True)], {}
+    mask = make(*case["mask"], positive=True)
+    mask = mask > 0.4 if case.get("boolean") else mask
+    return [make(*case["shape"]), make(*case["shape"]), mask], {}
 
 
 SPEC = OpSpec(

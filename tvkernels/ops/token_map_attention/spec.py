@@ -16,6 +16,8 @@ CASES = {
     "one_frame": _case(1, 15, 2, 16, (0, 6, 6), length=7),
     "one_word": _case(2, 16, 1, 8, (0,), length=2),
     "d40": _case(2, 16, 3, 40, (5,)),
+    "many_words": _case(1, 9, 2, 8, tuple(range(35)), length=40),
+    "whole_tiles": _case(2, 7, 2, 24, (31, 0), length=32),
     "no_word": _case(2, 9, 2, 8, (), length=5),
     "no_frame": _case(0, 9, 2, 8, (2,), length=5),
     "no_batch": _case(2, 9, 2, 8, (2, 3), length=5, b=0),
