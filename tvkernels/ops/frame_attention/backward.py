@@ -197,83 +197,31 @@ def _differentiate_keys(
         dk1 *= scale * LN2
         if COARSE:
             dk1 += shares(
-                dk_1,
-                dk_2,
-                image,
-                head,
-                heads,
-                first + row,
-                size,
-                level_1,
-                level_2,
-                h,
-                w,
-                0,
-                D1,
-                D,
-                COARSE,
-            )
+                dk_1, dk_2, image, head, heads, first + row, size, level_1, level_2, h, w,
+                0, D1, D, COARSE,
+            )  # fmt: skip
         put(dk + target, dk1, rest, heads * D, BN, 0, D1, D)
         if D2:
             dk2 *= scale * LN2
             if COARSE:
                 dk2 += shares(
-                    dk_1,
-                    dk_2,
-                    image,
-                    head,
-                    heads,
-                    first + row,
-                    size,
-                    level_1,
-                    level_2,
-                    h,
-                    w,
-                    D1,
-                    D2,
-                    D,
-                    COARSE,
-                )
+                    dk_1, dk_2, image, head, heads, first + row, size, level_1, level_2, h, w,
+                    D1, D2, D, COARSE,
+                )  # fmt: skip
             put(dk + target, dk2, rest, heads * D, BN, D1, D2, D)
     if VALUES:
         if COARSE:
             dv1 += shares(
-                dv_1,
-                dv_2,
-                image,
-                head,
-                heads,
-                first + row,
-                size,
-                level_1,
-                level_2,
-                h,
-                w,
-                0,
-                D1,
-                D,
-                COARSE,
-            )
+                dv_1, dv_2, image, head, heads, first + row, size, level_1, level_2, h, w,
+                0, D1, D, COARSE,
+            )  # fmt: skip
         put(dv + target, dv1, rest, heads * D, BN, 0, D1, D)
         if D2:
             if COARSE:
                 dv2 += shares(
-                    dv_1,
-                    dv_2,
-                    image,
-                    head,
-                    heads,
-                    first + row,
-                    size,
-                    level_1,
-                    level_2,
-                    h,
-                    w,
-                    D1,
-                    D2,
-                    D,
-                    COARSE,
-                )
+                    dv_1, dv_2, image, head, heads, first + row, size, level_1, level_2, h, w,
+                    D1, D2, D, COARSE,
+                )  # fmt: skip
             put(dv + target, dv2, rest, heads * D, BN, D1, D2, D)
 
 
