@@ -1,8 +1,9 @@
 """One registration for every op: schema, fake, backends with reasons, exact gradients.
 
 An op's api.py declares an `Op`; its backends are the modules beside it. Each backend module has
-``why_not(*args) -> list[str]`` and ``forward(*args)``, and may have ``backward(grads, *args)``;
-args are those of the schema without the closing backend name.
+``why_not(*args) -> list[str]`` and ``forward(*args)``, and may have ``backward(grads, *args)``, and
+``why_not_backward(*args)`` where that does not serve every call; args are those of the schema
+without the closing backend name.
 """
 
 from __future__ import annotations
@@ -118,9 +119,11 @@ class Op:
         reasons = {}
         on_cpu = backend == "auto" and _device_type(args) == "cpu"
         for name in names:
+            if on_cpu and name in ON_DEVICE and name in self.backends:
+                # Not asked: that would load triton, 66 MiB of memory.
+                reasons[name] = ["on CPU tensors it runs by name only"]
+                continue
             reasons[name] = self.why_not(name, *args)
-            if on_cpu and name in ON_DEVICE:
-                reasons[name] = reasons[name] or ["on CPU tensors it runs by name only"]
             if not reasons[name]:
                 if backend == "auto" and name == "reference":
                     _say_once(self.name, tuple(f"{n}: {', '.join(r)}" for n, r in reasons.items()))
@@ -140,14 +143,12 @@ class Op:
         *args, backend = args
         module = self.resolve(backend, *args)
         with _no_autocast(args):
+            if backend_name(module) in ON_DEVICE and not brings_backward(module, args):
+                module = self.backend("cpu")  # composed PyTorch, which runs on every device
             if hasattr(module, "backward"):
                 found = module.backward(grads, *args)
             else:
-                # A kernel has no graph behind it: where it brings no backward, the composed
-                # PyTorch of `cpu`, which runs on every device, is run again.
-                kernel = backend_name(module) in ON_DEVICE
-                composed = self.backend("cpu") if kernel else module
-                found = self._recompute(composed.forward, grads, args)
+                found = self._recompute(module.forward, grads, args)
         reached = self._reached(args)
         return [_laid_out_as(args[i], g) for i, g in zip(reached, found, strict=True)]
 
@@ -201,6 +202,12 @@ def _laid_out_as(x: Tensor, grad: Tensor) -> Tensor:
 def backend_name(module: ModuleType) -> str:
     """The name of a backend's module, "cpu"."""
     return module.__name__.rpartition(".")[2]
+
+
+def brings_backward(module: ModuleType, args) -> bool:
+    """Whether a backend has a backward for this call; `why_not_backward(*args)` may refuse it."""
+    refuse = getattr(module, "why_not_backward", lambda *args: [])
+    return hasattr(module, "backward") and not refuse(*args)
 
 
 def _device_type(args) -> str:

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
-from tvkernels._dispatch import OPS, Op
+from tvkernels._dispatch import OPS, Op, brings_backward
 from tvkernels._triton.configs import SHARED_LIMITS
 from tvkernels._triton.launch import Launch, record
 from tvkernels._triton.support import interpreted, version
@@ -130,7 +130,7 @@ def _launches(op: Op, spec, arch: str, dtype: torch.dtype, cases) -> Iterator[La
             args = build(spec, case, dtype)
             args = registered_arguments(spec, tree_map_only(Tensor, _on_cuda, args))
             results = module.forward(*args)
-            if hasattr(module, "backward"):
+            if brings_backward(module, args):
                 module.backward([torch.empty_like(x) for x in tensors([results])], *args)
         yield from recorder.launches
 

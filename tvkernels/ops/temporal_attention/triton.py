@@ -11,7 +11,6 @@ import triton.language as tl
 from tvkernels._triton import support
 from tvkernels._triton.configs import choose
 from tvkernels._triton.launch import arch, launch
-from tvkernels.ops.temporal_attention import cpu
 
 ONE_PASS = 32  # frames that one program holds at once
 NARROWEST = 16  # smallest side of a matrix product
@@ -30,13 +29,17 @@ def forward(q, k, v, scale):
     return out
 
 
-def backward(grads, q, k, v, scale):
-    """Gradients of q, k and v: one kernel to 32 frames, 16 in float32; beyond, composed PyTorch.
+def why_not_backward(q, *args) -> list[str]:
+    """Reasons against this backward where the forward runs.
 
     Without matrix instructions, five products of 32 x 32 spill registers at head dim 160.
     """
-    if q.shape[1] > (NARROWEST if q.dtype == torch.float32 else ONE_PASS):
-        return cpu.backward(grads, q, k, v, scale)
+    most = NARROWEST if q.dtype == torch.float32 else ONE_PASS
+    return [f"{q.shape[1]} frames are more than {most}"] if q.shape[1] > most else []
+
+
+def backward(grads, q, k, v, scale):
+    """Gradients of q, k and v in one kernel."""
     found = {f"d{name}": torch.empty_like(x) for name, x in (("q", q), ("k", k), ("v", v))}
     _launch(_differentiate, {"q": q, "k": k, "v": v, "grad": grads[0]} | found, scale)
     return list(found.values())
