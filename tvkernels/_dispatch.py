@@ -1,7 +1,7 @@
 """One registration for every op: schema, fake, backends with reasons, exact gradients.
 
 An op's api.py declares an `Op`; its backends are the modules beside it. Each backend module has
-``why_not(*args) -> list[str]`` and ``forward(*args)``, and may have ``backward(grads, *args)``, and
+``why_not(*args) -> list[str]`` and ``forward(*args)``, may have ``backward(grads, *args)``, and
 ``why_not_backward(*args)`` where that does not serve every call; args are those of the schema
 without the closing backend name.
 """
