@@ -65,12 +65,14 @@ def measured(tmp_path):
 
 @pytest.fixture
 def broken(monkeypatch):
-    """Breaks the cpu backend of an op: `change` is given its result."""
+    """Breaks the cpu backend of an op: `change` is given its result, and each of its gradients."""
 
     def go(op, change):
         module = OPS[op].backend("cpu")
-        forward = module.forward
+        forward, backward = module.forward, getattr(module, "backward", None)
         monkeypatch.setattr(module, "forward", lambda *args: change(forward(*args)))
+        if backward is not None:
+            monkeypatch.setattr(module, "backward", lambda *a: [change(x) for x in backward(*a)])
 
     return go
 
@@ -165,7 +167,7 @@ def test_backward_rows(measured, broken):
     one, both = (limits.limit(TEMPORAL, "small", torch.float32, RATES, b) for b in (False, True))
     assert (rows[0]["flops"], rows[0]["bytes"]) == (3 * one.flops, 2 * one.bytes)
     assert both.exps == one.exps
-    broken("temporal_attention", lambda out: out.detach() + 0 * out)
+    broken("temporal_attention", lambda out: out * 1.001)
     (row,) = measured("temporal_attention", "small", providers=["cpu"], backward=True)
     assert row["status"] == "wrong"
     with pytest.raises(ValueError, match="none of these ops has gradients"):
