@@ -14,6 +14,7 @@ from torch.testing import assert_close
 import tvkernels
 from tvkernels.ops import specs
 from tvkernels.ops.frame_attention.reference import pool
+from tvkernels.ops.frame_attention.spec import PATTERNS
 from tvkernels.testing.calls import build
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -48,19 +49,21 @@ def loop_pool(x, grid, level):
 @cases("frame_attention")
 def test_frame_attention_is_attention_under_a_dense_mask(case):
     """All tokens at every level side by side, a mask row for each frame, torch's attention."""
-    (q, k, v, pattern), options = build(SPECS["frame_attention"], case, torch.float64)
+    spec = SPECS["frame_attention"]
+    (q, k, v, given), options = build(spec, case, torch.float64)
     grid, frames = options["grid"], k.shape[1]
+    pattern, queries = PATTERNS[spec.cases[case]["pattern"]], spec.cases[case]["queries"]
     levels = sorted({s.level for row in pattern.segments(frames) for s in row} | {0})
     everything = []
     for x in (k, v):
         stages = [loop_pool(x, grid, level) if level else x for level in levels]
         everything.append(torch.cat([stage.flatten(1, 2) for stage in stages], 1).transpose(1, 2))
     mask = pattern.materialize(frames, grid)
-    result = tvkernels.frame_attention(q, k, v, pattern, **options, **REFERENCE)
+    result = tvkernels.frame_attention(q, k, v, given, **options, **REFERENCE)
     out, lse = result if options["return_lse"] else (result, None)
-    for f in range(frames):
+    for f, row in enumerate(range(frames) if queries is None else queries):
         query = q[:, f].transpose(1, 2)
-        bias = mask[f].expand(q.shape[2], -1)
+        bias = mask[row].expand(q.shape[2], -1)
         expected = F.scaled_dot_product_attention(query, *everything, attn_mask=bias)
         assert_close(out[:, f], expected.transpose(1, 2))
         if lse is not None:

@@ -193,6 +193,8 @@ def kernels(
     """
     from tvkernels.testing import kernels
 
+    if output is not None and not output.parent.is_dir():
+        raise ConfigError(f"no folder {output.parent}: make it, or name another")
     try:
         rows = kernels.report(
             op,
@@ -203,8 +205,6 @@ def kernels(
     except ValueError as error:
         raise ConfigError(str(error)) from error
     if output is not None:
-        if not output.parent.is_dir():
-            raise ConfigError(f"no folder {output.parent}: make it, or name another")
         output.write_text(kernels.markdown(rows))
     if as_json:
         print(json.dumps(rows, indent=1))
