@@ -79,7 +79,7 @@ def tune(
     op: str, case: str, dtype: torch.dtype, device: torch.device, kernel: str
 ) -> tuple[Config, float, float]:
     """The best configuration, its seconds, and those of the shipped one."""
-    spec, backward = specs()[op], False
+    spec = specs()[op]
     args = inputs(spec, case, dtype, device)
     where = arch(args[0][0])
     with configs.listen() as questions:
@@ -100,7 +100,9 @@ def tune(
 
         return Candidate(_text(config), [bind(own) for own in sets], capturable=not backward)
 
-    first, seconds, tried = None, None, [best]
+    (shipped,) = interleave([candidate(best)], device)
+    first = seconds = shipped.median_s
+    tried = [best]
     while True:
         better = None
         for config in neighbours(best):
@@ -115,7 +117,6 @@ def tune(
                 print(f"  {other.name}: wrong")
                 continue
             mine, theirs = interleave([candidate(best), other], device)
-            first = first or mine.median_s
             seconds = mine.median_s if better is None else seconds
             print(f"  {other.name}: {theirs.median_s * 1e6:.1f} us, best {seconds * 1e6:.1f} us")
             if theirs.median_s < ENOUGH * seconds:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -81,12 +80,7 @@ def ptxas_reasons() -> list[str]:
 @cache
 def ptxas_version() -> tuple[int, int]:
     """(major, minor) of the ptxas that Triton assembles sm_90 with; (0, 0) if it has none."""
-    return _ptxas_version(os.environ.get("TRITON_PTXAS_PATH"))
-
-
-@cache
-def _ptxas_version(override: str | None) -> tuple[int, int]:
-    path = override or triton.knobs.nvidia.ptxas.path
+    path = os.environ.get("TRITON_PTXAS_PATH") or triton.knobs.nvidia.ptxas.path
     try:
         text = subprocess.run([path, "--version"], capture_output=True, text=True).stdout
     except OSError:
@@ -97,5 +91,5 @@ def _ptxas_version(override: str | None) -> tuple[int, int]:
 
 def version(text: str) -> tuple[int, int]:
     """(major, minor) of a version number."""
-    numbers: Sequence[str] = re.findall(r"\d+", text)
+    numbers = re.findall(r"\d+", text)
     return int(numbers[0]), int(numbers[1])

@@ -271,8 +271,7 @@ def measure(c: Compilation) -> dict:
         "stack_bytes": int(re.search(r"STACK:(\d+)", usage)[1]),
         "shared_bytes": compiled.metadata.shared,
         "warps": compiled.metadata.num_warps,
-        # Products whose left operand stays in registers, and waits that leave some unfinished.
-        "register_products": in_registers,
+        # Waits that leave products unfinished whose left operand stays in registers.
         "pending_waits": in_registers and pending,
     }
 
