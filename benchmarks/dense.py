@@ -6,9 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tvkernels._dispatch import OPS
+from tvkernels.ops.spectral_linear.reference import normalised
 from tvkernels.patterns import FramePattern, FrameTable, Segment
 from tvkernels.testing.spec import OpSpec
 
@@ -22,13 +24,14 @@ class Dense:
     """Plain attention that stands for a call.
 
     Args:
-        gather: q, k, v of the public function -> q [B', N, H, D] and k, v [B', M, H, D].
+        gather: positional arguments of the public function -> q [B', N, H, D] and k, v
+            [B', M, H, D].
         back: [B', N, H, D] -> the op's first result in its public layout, contiguous.
         copies: whether `gather` or `back` moves anything.
         only_first: the op has results that this leaves out.
     """
 
-    gather: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+    gather: Callable[..., tuple[Tensor, Tensor, Tensor]]
     back: Callable[[Tensor], Tensor]
     scale: float
     copies: bool
@@ -109,7 +112,7 @@ def _frame_attention(q, k, v, pattern, *, grid, scale=None, return_lse=False) ->
         return joined.flatten(0, 1)
 
     return Dense(
-        lambda q, k, v: (q.flatten(0, 1), gathered(k), gathered(v)),
+        lambda q, k, v, *_: (q.flatten(0, 1), gathered(k), gathered(v)),
         lambda out: out.reshape(q.shape).contiguous(),
         q.shape[-1] ** -0.5 if scale is None else scale,
         copies=not own,
@@ -133,7 +136,7 @@ def _temporal_attention(q, k, v, *, scale=None) -> Dense:
 
 def _token_map_attention(q, k, v, tokens, *, scale=None) -> Dense:
     return Dense(
-        lambda q, k, v: (q.flatten(1, 2), k, v),
+        lambda q, k, v, *_: (q.flatten(1, 2), k, v),
         lambda out: out.reshape(q.shape).contiguous(),
         q.shape[-1] ** -0.5 if scale is None else scale,
         copies=False,
@@ -141,8 +144,26 @@ def _token_map_attention(q, k, v, tokens, *, scale=None) -> Dense:
     )
 
 
+def _stam(z, w_q, w_k, w_v, w_out, bias=None, *, heads, sigma_v=None, sigma_out=None) -> Dense:
+    b, frames, n, c = z.shape
+    weights = w_q, w_k, normalised(w_v, sigma_v)  # folded once, as one would for inference
+    w_out = normalised(w_out, sigma_out)
+
+    def gather(z, *_):
+        clips = z.transpose(1, 2).reshape(b * n, frames, c)
+        centered = clips - clips.mean(1, keepdim=True)
+        return tuple(F.linear(centered, w).unflatten(-1, (heads, -1)) for w in weights)
+
+    def back(out):
+        attended = F.linear(out.flatten(2), w_out, bias)
+        return (z + attended.reshape(b, n, frames, c).transpose(1, 2)).contiguous()
+
+    return Dense(gather, back, (c // heads) ** -0.5, copies=True)
+
+
 ATTENTION = {
     "frame_attention": _frame_attention,
     "temporal_attention": _temporal_attention,
     "token_map_attention": _token_map_attention,
+    "shift_restricted_temporal_attention": _stam,
 }

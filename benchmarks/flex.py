@@ -54,7 +54,7 @@ def flex_problem(spec: OpSpec, args) -> Flex:
             first = starts[i] + s.frame * tokens[i]
             reads[f, first : first + tokens[i]] = True
     return Flex(
-        lambda q, k, v: (q.flatten(1, 2).transpose(1, 2), joined(k), joined(v)),
+        lambda q, k, v, *_: (q.flatten(1, 2).transpose(1, 2), joined(k), joined(v)),
         lambda out: out.transpose(1, 2).reshape(q.shape).contiguous(),
         d**-0.5 if scale is None else scale,
         copies=len(levels) > 1,

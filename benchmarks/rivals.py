@@ -166,13 +166,13 @@ def _dense(name: str, spec: OpSpec, args) -> list[Provider]:
         own = dense(spec, args)
 
         def run():
-            return own.back(attend(*own.gather(*args[0][:3]), own.scale))
+            return own.back(attend(*own.gather(*args[0]), own.scale))
 
         return run
 
     def kernel(args):
         own = dense(spec, args)
-        gathered = own.gather(*args[0][:3])
+        gathered = own.gather(*args[0])
         return lambda: attend(*gathered, own.scale)
 
     found = [kept(AS_USED, as_used)]
@@ -235,11 +235,11 @@ def _flex(spec: OpSpec, args) -> list[Provider]:
 
     def as_used(args):
         own, attend = flex_problem(spec, args), flex_attention()
-        return lambda: own.back(attend(*own.gather(*args[0][:3]), own.mask, own.scale))
+        return lambda: own.back(attend(*own.gather(*args[0]), own.mask, own.scale))
 
     def kernel(args):
         own, attend = flex_problem(spec, args), flex_attention()
-        gathered = own.gather(*args[0][:3])
+        gathered = own.gather(*args[0])
         return lambda: attend(*gathered, own.mask, own.scale)
 
     kept = functools.partial(Provider, FLEX, slow_start=True, only_first=problem.only_first)
