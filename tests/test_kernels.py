@@ -1,6 +1,7 @@
 """The offline gates: every kernel compiled for GPUs that are not here, and what turns them red."""
 
 import dataclasses
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -101,6 +102,20 @@ def test_the_hazards_of_hopper_are_asked_of_hopper_only():
     assert kernels.faults(older, GREEN | {"shared_bytes": 200_000})
 
 
+def test_the_page_sums_up_and_names_every_fault():
+    rest = dict.fromkeys(kernels.COLUMNS, 0)
+    one, two = (
+        rest | GREEN | {"op": "pool", "kernel": "_pool", "config": f"D={d}", "arch": "sm_90",
+                        "ptxas": "13.3", "registers": d, "faults": faults}
+        for d, faults in ((40, []), (168, ["no wgmma"]))
+    )  # fmt: skip
+    page = kernels.markdown([one, two]).splitlines()
+    assert "| pool | _pool | sm_90 | 2 | 40 to 168 | 0 | 60000 | 0 | 11 | 0 | 0 | 0 | 0 |" in page
+    assert "- pool _pool D=168 sm_90: no wgmma" in page and "Faults:" in page
+    assert [line for line in page if line.startswith("| D=40 | sm_90 | 40 |")]
+    assert "No faults." in kernels.markdown([one])
+
+
 def test_blocks_per_multiprocessor():
     numbers = {"registers": 168, "shared_bytes": 51_200, "warps": 4}
     assert kernels._blocks("sm_90", numbers) == 3  # 65536 / (168 x 128) registers
@@ -136,6 +151,7 @@ class Device:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         monkeypatch.setattr(support, "interpreted", lambda: False)
         monkeypatch.setattr(support, "ptxas_version", lambda: ptxas)
+        monkeypatch.setattr(support, "safe_ptxas", lambda: None)
         monkeypatch.delenv(support.UNSAFE, raising=False)
 
 
@@ -149,9 +165,49 @@ def test_a_known_bad_ptxas_is_a_reason_on_hopper_and_can_be_overridden(monkeypat
     (reason,) = support.why_not(on_cuda(), matrices=True)
     assert "ptxas 12.8 miscompiles attention on sm_90" in reason
     assert "TRITON_PTXAS_PATH" in reason
+    assert "pip install nvidia-cuda-nvcc" in reason
     assert support.why_not(on_cuda(), matrices=False) == []
+    monkeypatch.setattr(support, "safe_ptxas", lambda: "/newer/ptxas")
+    (reason,) = support.why_not(on_cuda(), matrices=True)
+    assert "set TRITON_PTXAS_PATH=/newer/ptxas" in reason
     monkeypatch.setenv(support.UNSAFE, "1")
     assert support.why_not(on_cuda(), matrices=True) == []
+
+
+@pytest.fixture
+def ptxas_133(tmp_path, monkeypatch):
+    """A package nvidia-cuda-nvcc whose ptxas says that it is 13.3."""
+    path = tmp_path / "ptxas"
+    path.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 13.3, V13.3.73'\n")
+    path.chmod(0o755)
+    brought = importlib.metadata.PackagePath("ptxas")
+    brought.dist = importlib.metadata.PathDistribution(tmp_path / "none.dist-info")
+    monkeypatch.setattr(support.metadata, "files", lambda package: [brought])
+    for cached in (support.safe_ptxas, kernels._assembler):
+        cached.cache_clear()
+    yield str(path)
+    for cached in (support.safe_ptxas, kernels._assembler):
+        cached.cache_clear()
+
+
+def test_hopper_is_assembled_by_the_ptxas_that_its_users_need(ptxas_133, monkeypatch):
+    monkeypatch.delenv(kernels.PTXAS, raising=False)
+    assert kernels._assembler("sm_90") == "13.3.73"
+    assert kernels._assembler("sm_80") != "13.3.73"
+    with kernels.assembler("sm_90") as path:
+        assert path == ptxas_133 == kernels.triton.knobs.nvidia.ptxas.path
+    assert kernels.triton.knobs.nvidia.ptxas.path != ptxas_133
+    kernels._assembler.cache_clear()
+    own = kernels.triton.knobs.nvidia.ptxas.path
+    monkeypatch.setenv(kernels.PTXAS, own)
+    with kernels.assembler("sm_90") as path:
+        assert path == own
+
+
+def test_a_package_with_an_older_ptxas_is_no_help(ptxas_133):
+    Path(ptxas_133).write_text("#!/bin/sh\necho 'release 13.0, V13.0.88'\n")
+    support.ptxas_version.cache_clear()
+    assert support.safe_ptxas() is None
 
 
 @pytest.mark.parametrize(("capability", "ptxas"), [((9, 0), (13, 3)), ((8, 9), (12, 8))])

@@ -64,7 +64,8 @@ def _ptxas() -> str:
     except ImportError:
         return "none, for triton brings it"
     major, minor = support.ptxas_version()
-    whose = "TRITON_PTXAS_PATH" if os.environ.get("TRITON_PTXAS_PATH") else "triton's own"
+    asked = os.environ.get("TRITON_PTXAS_PATH")
+    whose = "TRITON_PTXAS_PATH" if asked and support.ptxas_version(asked)[0] else "triton's own"
     return f"{major}.{minor}, {whose}" if major else f"none that runs, {whose}"
 
 

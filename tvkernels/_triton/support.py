@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 from functools import cache
+from importlib import metadata
 
 import torch
 import triton
@@ -70,23 +71,41 @@ def ptxas_reasons() -> list[str]:
     found = ptxas_version()
     if found >= SAFE_PTXAS_SM90:
         return []
+    newer = safe_ptxas()
+    mend = f"set TRITON_PTXAS_PATH={newer}" if newer else (
+        "pip install nvidia-cuda-nvcc and set TRITON_PTXAS_PATH to its ptxas"
+    )  # fmt: skip
     return [
-        f"ptxas {found[0]}.{found[1]} miscompiles attention on sm_90 (mended in 13.3): "
-        "pip install nvidia-cuda-nvcc and set TRITON_PTXAS_PATH to its ptxas "
+        f"ptxas {found[0]}.{found[1]} miscompiles attention on sm_90 (mended in 13.3): {mend} "
         f"({UNSAFE}=1 runs it all the same, unsafe)"
     ]
 
 
 @cache
-def ptxas_version() -> tuple[int, int]:
-    """(major, minor) of the ptxas that Triton assembles sm_90 with; (0, 0) if it has none."""
-    path = os.environ.get("TRITON_PTXAS_PATH") or triton.knobs.nvidia.ptxas.path
+def ptxas_version(path: str | None = None) -> tuple[int, int]:
+    """(major, minor) of a ptxas, Triton's for sm_90 if None; (0, 0) if there is none that runs."""
+    if path is None:
+        try:
+            path = triton.knobs.nvidia.ptxas.path  # TRITON_PTXAS_PATH where that runs
+        except RuntimeError:
+            return (0, 0)
     try:
         text = subprocess.run([path, "--version"], capture_output=True, text=True).stdout
     except OSError:
         return (0, 0)
     found = re.search(r"release (\d+)\.(\d+)", text)
     return (int(found[1]), int(found[2])) if found else (0, 0)
+
+
+@cache
+def safe_ptxas() -> str | None:
+    """Path of the ptxas in the installed package nvidia-cuda-nvcc, if it is right on sm_90."""
+    try:
+        brought = metadata.files("nvidia-cuda-nvcc") or ()
+    except metadata.PackageNotFoundError:
+        return None
+    paths = [str(file.locate()) for file in brought if file.name == "ptxas"]
+    return next((path for path in paths if ptxas_version(path) >= SAFE_PTXAS_SM90), None)
 
 
 def version(text: str) -> tuple[int, int]:

@@ -1,7 +1,9 @@
 """Kernels without a GPU: every shipped configuration compiled, its report read, faults named.
 
 A launch is recorded where an op would make it (fake tensors, real shapes), then compiled for
-another machine's GPU as Triton would do there. The report comes from the assembled code.
+another machine's GPU as Triton would do there. The report comes from the assembled code. Attention
+refuses to run on sm_90 with the ptxas of Triton 3.6 to 3.8, so that architecture is assembled by
+the one that it asks for, where nvidia-cuda-nvcc is installed; TRITON_PTXAS_PATH goes before both.
 """
 
 from __future__ import annotations
@@ -16,8 +18,9 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +34,7 @@ from torch.utils._pytree import tree_map_only
 from tvkernels._dispatch import OPS, Op, brings_backward
 from tvkernels._triton.configs import SHARED_LIMITS
 from tvkernels._triton.launch import Launch, record
-from tvkernels._triton.support import interpreted, version
+from tvkernels._triton.support import interpreted, safe_ptxas, version
 from tvkernels.ops import NAMES, specs
 from tvkernels.testing.calls import build, registered_arguments, tensors
 
@@ -51,6 +54,7 @@ PER_SM = {
     "sm_100": (228 * 1024, 2048, 32),
 }
 REGISTERS = 65536
+PTXAS = "TRITON_PTXAS_PATH"
 # SASS instructions by the column that counts them.
 COUNTED = {
     "hgmma": r"\bHGMMA\b|\bHGMMA\.",
@@ -256,7 +260,8 @@ def measure(c: Compilation) -> dict:
         attrs={(i,): [["tt.divisibility", 16]] for i in c.divisible},
     )
     target = GPUTarget("cuda", int(c.arch[3:]), 32)
-    compiled = triton.compile(source, target=target, options=dict(c.options))
+    with assembler(c.arch):
+        compiled = triton.compile(source, target=target, options=dict(c.options))
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -322,12 +327,25 @@ def faults(c: Compilation, row: dict) -> list[str]:
     return found
 
 
+@contextmanager
+def assembler(arch: str) -> Iterator[str]:
+    """Inside, Triton assembles with the ptxas that serves an architecture: its path."""
+    tools = triton.knobs.nvidia
+    if arch != "sm_90" or os.environ.get(PTXAS) or safe_ptxas() is None:
+        yield (tools.ptxas_blackwell if int(arch[3:]) >= 100 else tools.ptxas).path
+        return
+    os.environ[PTXAS] = safe_ptxas()
+    try:
+        yield os.environ[PTXAS]
+    finally:
+        del os.environ[PTXAS]
+
+
 @functools.cache
 def _assembler(arch: str) -> str:
-    """Version of the ptxas that Triton takes for an architecture."""
-    tools = triton.knobs.nvidia
-    tool = tools.ptxas_blackwell if int(arch[3:]) >= 100 else tools.ptxas
-    text = subprocess.run([tool.path, "--version"], capture_output=True, text=True).stdout
+    """Version of the ptxas that serves an architecture."""
+    with assembler(arch) as path:
+        text = subprocess.run([path, "--version"], capture_output=True, text=True).stdout
     return re.search(r"V([\d.]+)", text)[1]
 
 
@@ -341,6 +359,7 @@ COLUMNS = {
     "tcgen05": "tcgen05", "mufu_ex2": "MUFU.EX2", "async_copies": "async copies",
     "waits": "waits",
 }  # fmt: skip
+SUMMARY = {name: COLUMNS[name] for name in COLUMNS if name not in ("arch", "waits")}
 
 
 def lines(rows: Sequence[dict]) -> Iterator[str]:
@@ -354,26 +373,43 @@ def lines(rows: Sequence[dict]) -> Iterator[str]:
 
 
 def markdown(rows: Sequence[dict]) -> str:
-    """A page: one table for each op and kernel, a row for each configuration."""
+    """A page: what each kernel reaches by architecture, then a table for each with every row."""
     tools = sorted({f"{row['ptxas']} for {row['arch']}" for row in rows})
     page = ["# The kernels as compiled", ""]
     page.append(
         f"Made by `tvk kernels -o docs/kernels.md` with triton {triton.__version__}, ptxas "
-        f"{', '.join(tools)}. Nothing here was run: counts are of instructions in the code."
+        f"{', '.join(tools)}. Nothing here was run: counts are of instructions in the code. "
+        "Ranges are over every shipped configuration, dtype and real shape."
     )
-    tables: dict[tuple[str, str], list[dict]] = {}
-    for row in rows:
-        tables.setdefault((row["op"], row["kernel"]), []).append(row)
-    for (op, kernel), group in tables.items():
-        page += ["", f"## {op}: `{kernel}`", ""]
-        page.append("| " + " | ".join(["configuration", *COLUMNS.values()]) + " |")
-        page.append("|" + "---|" * (len(COLUMNS) + 1))
-        for row in group:
-            cells = [row["config"], *(str(row[name]) for name in COLUMNS)]
-            page.append("| " + " | ".join(cells) + " |")
+    page += ["", *_table(["op", "kernel", "arch", "compiled", *SUMMARY.values()], _summary(rows))]
     faults = [
         f"- {row['op']} {row['kernel']} {row['config']} {row['arch']}: {fault}"
         for row in rows
         for fault in row["faults"]
     ]
-    return "\n".join([*page, "", "Faults:" if faults else "No faults.", *faults, ""])
+    page += ["", "Faults:" if faults else "No faults.", *faults]
+    for (op, kernel), group in _grouped(rows, "op", "kernel").items():
+        cells = [[row["config"], *(row[name] for name in COLUMNS)] for row in group]
+        page += ["", f"## {op}: `{kernel}`", ""]
+        page += _table(["configuration", *COLUMNS.values()], cells)
+    return "\n".join([*page, ""])
+
+
+def _summary(rows: Sequence[dict]) -> Iterator[list]:
+    for facts, group in _grouped(rows, "op", "kernel", "arch").items():
+        ranges = [sorted({row[name] for row in group}) for name in SUMMARY]
+        spans = [f"{r[0]} to {r[-1]}" if len(r) > 1 else f"{r[0]}" for r in ranges]
+        yield [*facts, len(group), *spans]
+
+
+def _grouped(rows: Sequence[dict], *names: str) -> dict[tuple, list[dict]]:
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[name] for name in names), []).append(row)
+    return groups
+
+
+def _table(titles: Sequence[str], cells: Iterable[Sequence]) -> Iterator[str]:
+    yield "| " + " | ".join(titles) + " |"
+    yield "|" + "---|" * len(titles)
+    yield from ("| " + " | ".join(map(str, line)) + " |" for line in cells)
