@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tvkernels._dispatch import OPS
-from tvkernels.ops.spectral_linear.reference import normalised
 from tvkernels.patterns import FramePattern, FrameTable, Segment
 from tvkernels.testing.spec import OpSpec
 
@@ -146,6 +145,7 @@ def _token_map_attention(q, k, v, tokens, *, scale=None) -> Dense:
 
 def _stam(z, w_q, w_k, w_v, w_out, bias=None, *, heads, sigma_v=None, sigma_out=None) -> Dense:
     b, frames, n, c = z.shape
+    normalised = OPS["spectral_linear"].backend("reference").normalised
     weights = w_q, w_k, normalised(w_v, sigma_v)  # folded once, as one would for inference
     w_out = normalised(w_out, sigma_out)
 

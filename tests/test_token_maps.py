@@ -124,6 +124,20 @@ def test_errors(change, says):
         token_map_attention(**(call | change))
 
 
+@pytest.mark.interpreter
+@pytest.mark.usefixtures("poisoned")
+def test_words_of_any_stride_and_one_outside_the_text_in_triton():
+    """A kernel cannot raise: the map of a word that is not there is NaN, the others stand."""
+    pytest.importorskip("triton")
+    args, words = draw(tokens=5), [76, -1, 3, 77]
+    tokens = torch.tensor([[word, 0] for word in words])[:, 0]
+    out, maps = token_map_attention(*args, tokens, backend="triton")
+    expected, known = token_map_attention(*args, torch.tensor([76, 3]), backend="reference")
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(maps[..., [0, 2]], known)
+    assert maps[..., [1, 3]].isnan().all()
+
+
 @pytest.mark.parametrize("backend", ("cpu", "reference"))
 def test_a_position_outside_the_text(backend):
     with pytest.raises(IndexError, match="77 is out of bounds"):

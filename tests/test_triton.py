@@ -6,13 +6,16 @@ faults of the compiler; `tests/test_kernels.py` reads the compiled code, `make g
 
 import pytest
 import torch
+from test_ops import check, check_gradients, run
 
 from tvkernels._dispatch import OPS, BackendError
 from tvkernels.ops import specs
-from tvkernels.testing.budget import assert_error_budget
-from tvkernels.testing.calls import build, gradients, tensors
+from tvkernels.testing.calls import build
 
 pytest.importorskip("triton")
+from tvkernels._triton.launch import launch
+from tvkernels.ops.instance_center.triton import _center
+
 pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("poisoned")]
 
 SPECS = {name: spec for name, spec in specs().items() if "triton" in OPS[name].backends}
@@ -22,55 +25,32 @@ DTYPES = (torch.float32, torch.float16)
 SEEDS = range(2)  # each is a run of the interpreter, forward and backward
 
 
-def run(spec, args, backend):
-    return tensors(spec.call(*args[0], **args[1], backend=backend))
-
-
-def check(spec, case, dtype, **make):
-    actual = run(spec, build(spec, case, dtype, **make), "triton")
-    low = run(spec, build(spec, case, dtype, **make), "reference")
-    exact = run(spec, build(spec, case, dtype, wide=torch.float64, **make), "reference")
-    assert len(actual) == len(exact) > 0
-    for i, result in enumerate(zip(actual, low, exact, strict=True)):
-        assert_error_budget(*result, factor=spec.budget, what=f"output {i}")
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("op", "case"), CASES)
 def test_result_within_error_budget(op, case, dtype):
-    check(SPECS[op], case, dtype)
+    check(SPECS[op], case, dtype, "triton")
 
 
 @pytest.mark.parametrize(("op", "case"), CASES)
 def test_permuted_strides(op, case):
-    check(SPECS[op], case, torch.float32, layout="permuted")
+    check(SPECS[op], case, torch.float32, "triton", layout="permuted")
 
 
 @pytest.mark.parametrize("extreme", ("equal", "huge"))
 @pytest.mark.parametrize(("op", "case"), CASES)
 def test_extreme_values(op, case, extreme):
-    check(SPECS[op], case, torch.float16, extreme=extreme)
+    check(SPECS[op], case, torch.float16, "triton", extreme=extreme)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("op", "case"), TRAINED)
 def test_gradients_within_error_budget(op, case, dtype):
-    spec = SPECS[op]
+    check_gradients(SPECS[op], case, dtype, "triton", SEEDS)
 
-    def draws(wide, backend):
-        found = [
-            gradients(spec, build(spec, case, dtype, wide=wide, seed=s), backend=backend)[1]
-            for s in SEEDS
-        ]
-        return {name: torch.stack([grads[name] for grads in found]) for name in found[0]}
 
-    actual, low = draws(None, "triton"), draws(None, "reference")
-    exact = draws(torch.float64, "reference")
-    for name in exact:
-        assert_error_budget(
-            actual[name], low[name], exact[name],
-            factor=spec.gradient_budget, what=f"gradient of {name}",
-        )  # fmt: skip
+def test_a_constant_that_the_kernel_lacks_is_an_error_in_the_interpreter_too():
+    with pytest.raises(TypeError, match="_center has no WIDTH"):
+        launch(_center, (1,), {}, {"BLOCK": 16, "num_warps": 1}, WIDTH=8)
 
 
 @pytest.mark.parametrize("op", SPECS)

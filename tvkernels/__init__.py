@@ -8,10 +8,11 @@ from tvkernels.ops.frame_attention.api import frame_attention
 from tvkernels.ops.guided_ddim_step.api import ddim_inversion_step, guided_ddim_step
 from tvkernels.ops.instance_center.api import instance_center
 from tvkernels.ops.latent_blend.api import latent_blend
+from tvkernels.ops.power_iteration.api import power_iteration
 from tvkernels.ops.shift_restricted_temporal_attention.api import (
     shift_restricted_temporal_attention,
 )
-from tvkernels.ops.spectral_linear.api import power_iteration, spectral_linear, spectral_sigma
+from tvkernels.ops.spectral_linear.api import spectral_linear, spectral_sigma
 from tvkernels.ops.temporal_attention.api import temporal_attention
 from tvkernels.ops.token_map_attention.api import token_map_attention
 from tvkernels.patterns import FramePattern, FrameTable

@@ -74,7 +74,8 @@ def launch(
     Args:
         kernel: a `triton.jit` function.
         grid: programs along x, y, z. Only x may exceed 65,535.
-        arguments: its tensors and run-time numbers by name.
+        arguments: its tensors and run-time numbers by name; others, for other kernels of the same
+            call, may be among them.
         config: as `configs.choose` gives it: constexpr parameters and num_warps, num_stages.
         constants: the other constexpr parameters.
     """
@@ -82,9 +83,14 @@ def launch(
         return
     options = FUSION | {name: value for name, value in config.items() if name in OPTIONS}
     constants |= {name: value for name, value in config.items() if name not in options}
+    # Triton itself refuses names that the kernel has not, but only where it compiles.
+    names = set(kernel.arg_names)
+    if constants.keys() - names:
+        raise TypeError(f"{kernel.fn.__name__} has no {', '.join(constants.keys() - names)}")
+    arguments = {name: value for name, value in arguments.items() if name in names}
     recorder = _recorder.get()
     if recorder is not None:
-        recorder.launches.append(Launch(kernel, grid, dict(arguments), constants, options))
+        recorder.launches.append(Launch(kernel, grid, arguments, constants, options))
         return
     device = next(x.device for x in arguments.values() if isinstance(x, Tensor))
     with torch.cuda.device(device if device.type == "cuda" else -1):

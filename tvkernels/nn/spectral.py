@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from tvkernels.ops.spectral_linear.api import power_iteration, spectral_linear, spectral_sigma
+from tvkernels.ops.power_iteration.api import power_iteration
+from tvkernels.ops.spectral_linear.api import spectral_linear, spectral_sigma
 
 
 class SpectralLinear(nn.Linear):

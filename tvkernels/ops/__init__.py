@@ -9,6 +9,7 @@ NAMES = (
     "temporal_attention",
     "instance_center",
     "spectral_linear",
+    "power_iteration",
     "shift_restricted_temporal_attention",
     "token_map_attention",
     "guided_ddim_step",

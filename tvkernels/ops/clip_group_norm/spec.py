@@ -7,9 +7,8 @@ import math
 from tvkernels.testing.spec import OpSpec
 
 
-def _case(b, f, c, h, w, groups=32, silu=True, channels_last=False):
-    shape = (b, f, c, h, w)
-    return {"shape": shape, "groups": groups, "silu": silu, "channels_last": channels_last}
+def _case(b, f, c, h, w, groups=32, silu=True, layout="bfchw"):
+    return {"shape": (b, f, c, h, w), "groups": groups, "silu": silu, "layout": layout}
 
 
 CASES = {
@@ -18,25 +17,25 @@ CASES = {
     "one_frame": _case(2, 1, 8, 4, 4, groups=2),
     "one_group": _case(1, 2, 5, 3, 7, groups=1),
     "channel_groups": _case(1, 3, 4, 4, 2, groups=4, silu=False),
-    "channels_last": _case(1, 2, 6, 4, 5, groups=2, channels_last=True),
+    "channels_last": _case(1, 2, 6, 4, 5, groups=2, layout="bfhwc"),
+    "turned": _case(2, 2, 6, 4, 5, groups=2, layout="bfcwh"),  # rows do not follow each other
     "no_frame": _case(1, 0, 8, 4, 4, groups=4),
     "no_batch": _case(0, 3, 8, 4, 4, groups=4),
     **{
         f"sd15-{c}-{side}": _case(2, 16, c, side, side)
         for c, side in ((320, 64), (960, 64), (640, 32), (1280, 16), (2560, 8))
     },
-    "sd15-320-64-channels_last": _case(2, 16, 320, 64, 64, channels_last=True),
+    "sd15-320-64-channels_last": _case(2, 16, 320, 64, 64, layout="bfhwc"),
     "sd15-320-54x96": _case(1, 16, 320, 54, 96, silu=False),
 }
 
 
 def inputs(case, make):
     """The clip, weight and bias of one case."""
-    b, f, c, h, w = case["shape"]
-    if case["channels_last"]:
-        x = make(b, f, h, w, c).permute(0, 1, 4, 2, 3)
-    else:
-        x = make(b, f, c, h, w)
+    sizes = dict(zip("bfchw", case["shape"], strict=True))
+    x = make(*(sizes[axis] for axis in case["layout"]))
+    x = x.permute(*(case["layout"].index(axis) for axis in "bfchw"))
+    c = sizes["c"]
     args = [x, make(c), make(c), case["groups"]]
     return args, {"silu": case["silu"]}
 

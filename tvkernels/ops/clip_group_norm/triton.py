@@ -16,6 +16,8 @@ from tvkernels._triton import support
 from tvkernels._triton.configs import choose
 from tvkernels._triton.launch import arch, launch
 
+UNALIGNED = ("frames", "groups")  # sizes whose divisors change no address: not compiled for each
+
 
 def why_not(x, weight, bias, groups, eps, silu) -> list[str]:
     """Reasons against this call."""
@@ -48,9 +50,9 @@ def backward(grads, x, weight, bias, groups, eps, silu):
     lost = dict(zip(("constant", "slope"), constants.unbind(), strict=True))
     read = {"x": x, "grad": grads[0]}
     _over_tiles(_reduce_gradient, read, affine | inner, SILU=silu)
-    config = choose("clip_group_norm", "_merge_gradient", arch=arch(x))
-    group = triton.next_power_of_2(size)
-    config["BLOCK_P"] = max(1, config.pop("BLOCK") // group)
+    config = choose("clip_group_norm", "_merge_gradient", arch=arch(x), size=size)
+    config["BLOCK_G"] = max(config["BLOCK_G"], triton.next_power_of_2(size))
+    config["BLOCK_P"] = max(1, config.pop("BLOCK") // config["BLOCK_G"])
     launch(
         _merge_gradient,
         (groups,),
@@ -61,7 +63,6 @@ def backward(grads, x, weight, bias, groups, eps, silu):
             "groups": groups, "size": size, "parts": parts, "count": f * size * h * w,
         },
         config,
-        BLOCK_G=group,
     )  # fmt: skip
     _over_tiles(_differentiate, read | {"dx": dx}, affine | lost, SILU=silu)
     return found
@@ -131,10 +132,16 @@ def _order(x: Tensor) -> str:
 
 @triton.jit
 def _tile(
-    i, frames, channels, positions,
-    BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, BY_CHANNEL: tl.constexpr,
+    frames, channels, positions, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
+    BY_CHANNEL: tl.constexpr, LAST_FIRST: tl.constexpr,
 ):  # fmt: skip
-    """Batch, frame, channels, positions and number of positions' chunk of tile i."""
+    """Batch, frame, channels, positions and number of positions' chunk of a program's tile.
+
+    A pass that is LAST_FIRST begins with the tiles that the one before left in cache.
+    """
+    i = tl.program_id(0)
+    if LAST_FIRST:
+        i = tl.num_programs(0) - 1 - i
     blocks = tl.cdiv(channels, BLOCK_C)
     chunks = tl.cdiv(positions, BLOCK_S)
     image = i // (blocks * chunks)
@@ -162,6 +169,27 @@ def _at(x, batch, frame, c, s, width, x_b, x_f, x_c, x_h, x_w, FLAT: tl.constexp
 
 
 @triton.jit
+def _read(
+    x, batch, frame, c, s, channels, positions, width, x_b, x_f, x_c, x_h, x_w, FLAT: tl.constexpr
+):  # fmt: skip
+    """A tile [channels, positions] in float32, zero outside the clip."""
+    place = _at(x, batch, frame, c, s, width, x_b, x_f, x_c, x_h, x_w, FLAT)
+    inside = (c < channels)[:, None] & (s < positions)[None, :]
+    return tl.load(place, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _write(
+    x, value, batch, frame, c, s, channels, positions, width, x_b, x_f, x_c, x_h, x_w,
+    FLAT: tl.constexpr,
+):  # fmt: skip
+    """Writes a tile [channels, positions], nothing outside the clip."""
+    place = _at(x, batch, frame, c, s, width, x_b, x_f, x_c, x_h, x_w, FLAT)
+    inside = (c < channels)[:, None] & (s < positions)[None, :]
+    tl.store(place, value.to(x.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def _of_channels(values, batch, c, channels, groups):
     """[B, groups] read for each channel of a tile, [channels, 1]."""
     place = batch * groups + c // (channels // groups)
@@ -173,27 +201,25 @@ def _sigmoid(y):
     return 1 / (1 + tl.math.exp2(-1.4426950408889634 * y))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNALIGNED)
 def _partial_statistics(
     x, means, squares, frames, channels, positions, width, x_b, x_f, x_c, x_h, x_w,
     BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, FLAT: tl.constexpr, BY_CHANNEL: tl.constexpr,
 ):  # fmt: skip
     """Mean and sum of centred squares over the tile's positions, for each of its channels."""
     batch, frame, c, s, chunk = _tile(
-        tl.program_id(0), frames, channels, positions, BLOCK_C, BLOCK_S, BY_CHANNEL
+        frames, channels, positions, BLOCK_C, BLOCK_S, BY_CHANNEL, False
     )
-    inside = (c < channels)[:, None] & (s < positions)[None, :]
-    place = _at(x, batch, frame, c, s, width, x_b, x_f, x_c, x_h, x_w, FLAT)
-    value = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+    value = _read(x, batch, frame, c, s, channels, positions, width, x_b, x_f, x_c, x_h, x_w, FLAT)
     count = tl.minimum(positions - chunk * BLOCK_S, BLOCK_S).to(tl.float32)
     mean = tl.div_rn(tl.sum(value, 1), tl.zeros([BLOCK_C], tl.float32) + count)
-    centred = tl.where(inside, value - mean[:, None], 0.0)
+    centred = tl.where((s < positions)[None, :], value - mean[:, None], 0.0)
     part = ((batch * channels + c) * frames + frame) * tl.cdiv(positions, BLOCK_S) + chunk
     tl.store(means + part, mean, mask=c < channels)
     tl.store(squares + part, tl.sum(centred * centred, 1), mask=c < channels)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks", "block", "positions", "count"])
 def _merge_statistics(
     means, squares, mean, rstd, run, chunks, block, positions, count, eps, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -217,29 +243,26 @@ def _merge_statistics(
     tl.store(rstd + group, 1 / tl.sqrt_rn(tl.sum(total, 0) / count + eps))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNALIGNED)
 def _normalise(
     x, out, weight, bias, mean, rstd, groups, frames, channels, positions, width,
     x_b, x_f, x_c, x_h, x_w, out_b, out_f, out_c, out_h, out_w,
     SILU: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
     FLAT: tl.constexpr, BY_CHANNEL: tl.constexpr,
 ):  # fmt: skip
-    """A tile's affine map and SiLU, last tile first: the statistics left that one in cache."""
-    batch, frame, c, s, _ = _tile(
-        tl.num_programs(0) - 1 - tl.program_id(0), frames, channels, positions,
-        BLOCK_C, BLOCK_S, BY_CHANNEL,
-    )  # fmt: skip
-    inside = (c < channels)[:, None] & (s < positions)[None, :]
-    place = _at(x, batch, frame, c, s, width, x_b, x_f, x_c, x_h, x_w, FLAT)
-    value = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+    """A tile's affine map and SiLU."""
+    batch, frame, c, s, _ = _tile(frames, channels, positions, BLOCK_C, BLOCK_S, BY_CHANNEL, True)
+    value = _read(x, batch, frame, c, s, channels, positions, width, x_b, x_f, x_c, x_h, x_w, FLAT)
     scale = tl.load(weight + c, mask=c < channels, other=0.0).to(tl.float32)[:, None]
     shift = tl.load(bias + c, mask=c < channels, other=0.0).to(tl.float32)[:, None]
     scale *= _of_channels(rstd, batch, c, channels, groups)
     y = (value - _of_channels(mean, batch, c, channels, groups)) * scale + shift
     if SILU:
         y *= _sigmoid(y)
-    place = _at(out, batch, frame, c, s, width, out_b, out_f, out_c, out_h, out_w, FLAT)
-    tl.store(place, y.to(out.dtype.element_ty), mask=inside)
+    _write(
+        out, y, batch, frame, c, s, channels, positions, width, out_b, out_f, out_c, out_h, out_w,
+        FLAT,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -249,11 +272,11 @@ def _outer(
     SILU: tl.constexpr, FLAT: tl.constexpr,
 ):  # fmt: skip
     """A tile's normalised values, and the gradient that reaches the affine map's result."""
-    inside = (c < channels)[:, None] & (s < positions)[None, :]
-    place = _at(x, batch, frame, c, s, width, x_b, x_f, x_c, x_h, x_w, FLAT)
-    value = tl.load(place, mask=inside, other=0.0).to(tl.float32)
-    place = _at(grad, batch, frame, c, s, width, grad_b, grad_f, grad_c, grad_h, grad_w, FLAT)
-    outer = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+    value = _read(x, batch, frame, c, s, channels, positions, width, x_b, x_f, x_c, x_h, x_w, FLAT)
+    outer = _read(
+        grad, batch, frame, c, s, channels, positions, width,
+        grad_b, grad_f, grad_c, grad_h, grad_w, FLAT,
+    )  # fmt: skip
     value -= _of_channels(mean, batch, c, channels, groups)
     value *= _of_channels(rstd, batch, c, channels, groups)
     if SILU:
@@ -265,7 +288,7 @@ def _outer(
     return value, outer
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNALIGNED)
 def _reduce_gradient(
     x, grad, weight, bias, mean, rstd, totals, products, groups, frames, channels, positions,
     width, x_b, x_f, x_c, x_h, x_w, grad_b, grad_f, grad_c, grad_h, grad_w,
@@ -274,7 +297,7 @@ def _reduce_gradient(
 ):  # fmt: skip
     """Sums of the gradient, and of it times the normalised values, for each channel of a tile."""
     batch, frame, c, s, chunk = _tile(
-        tl.program_id(0), frames, channels, positions, BLOCK_C, BLOCK_S, BY_CHANNEL
+        frames, channels, positions, BLOCK_C, BLOCK_S, BY_CHANNEL, False
     )
     value, outer = _outer(
         x, grad, weight, bias, mean, rstd, groups, batch, frame, c, s, channels, positions, width,
@@ -285,7 +308,7 @@ def _reduce_gradient(
     tl.store(products + part, tl.sum(outer * value, 1), mask=c < channels)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batches", "groups", "size", "count"])
 def _merge_gradient(
     totals, products, weight, constant, slope, dweight, dbias, batches, groups, size, parts, count,
     BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr,
@@ -317,7 +340,7 @@ def _merge_gradient(
     tl.store(dweight + c, whole_product.to(dweight.dtype.element_ty), mask=lane < size)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNALIGNED)
 def _differentiate(
     x, grad, dx, weight, bias, mean, rstd, constant, slope, groups, frames, channels, positions,
     width, x_b, x_f, x_c, x_h, x_w, grad_b, grad_f, grad_c, grad_h, grad_w,
@@ -325,11 +348,8 @@ def _differentiate(
     SILU: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
     FLAT: tl.constexpr, BY_CHANNEL: tl.constexpr,
 ):  # fmt: skip
-    """dx of a tile, last tile first as in `_normalise`."""
-    batch, frame, c, s, _ = _tile(
-        tl.num_programs(0) - 1 - tl.program_id(0), frames, channels, positions,
-        BLOCK_C, BLOCK_S, BY_CHANNEL,
-    )  # fmt: skip
+    """dx of a tile."""
+    batch, frame, c, s, _ = _tile(frames, channels, positions, BLOCK_C, BLOCK_S, BY_CHANNEL, True)
     value, outer = _outer(
         x, grad, weight, bias, mean, rstd, groups, batch, frame, c, s, channels, positions, width,
         x_b, x_f, x_c, x_h, x_w, grad_b, grad_f, grad_c, grad_h, grad_w, SILU, FLAT,
@@ -338,6 +358,7 @@ def _differentiate(
     lost = _of_channels(constant, batch, c, channels, groups)
     lost += value * _of_channels(slope, batch, c, channels, groups)
     found = (outer * scale - lost) * _of_channels(rstd, batch, c, channels, groups)
-    inside = (c < channels)[:, None] & (s < positions)[None, :]
-    place = _at(dx, batch, frame, c, s, width, dx_b, dx_f, dx_c, dx_h, dx_w, FLAT)
-    tl.store(place, found.to(dx.dtype.element_ty), mask=inside)
+    _write(
+        dx, found, batch, frame, c, s, channels, positions, width, dx_b, dx_f, dx_c, dx_h, dx_w,
+        FLAT,
+    )  # fmt: skip

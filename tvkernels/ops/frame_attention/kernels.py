@@ -8,11 +8,10 @@ import triton.language as tl
 from tvkernels._triton.maths import exp2, put, tile
 
 WGMMA = ("_attend",)
-LN2 = tl.constexpr(0.6931471805599453)
 # Numbers whose being 1 or a multiple of 16 helps no address: another clip compiles nothing anew.
 COUNTS = [
-    "scale", "batches", "frames_q", "frames", "heads", "tokens", "tokens_1", "tokens_2", "size",
-    "level", "level_1", "level_2", "group", "h", "w",
+    "scale", "unit", "factor", "batches", "frames_q", "frames", "heads", "tokens", "tokens_1",
+    "tokens_2", "size", "level", "level_1", "level_2", "group", "h", "w",
 ]  # fmt: skip
 
 
@@ -69,21 +68,15 @@ def counted(cell, level, h, w):
 @triton.jit
 def find(
     entry, k, v, k_1, v_1, k_2, v_2, batch, head, frames, heads, tokens,
-    tokens_1, tokens_2, level_2, k_b, k_f, k_n, k_h, k_d, v_b, v_f, v_n, v_h, v_d,
-    D: tl.constexpr, COARSE: tl.constexpr, RAGGED: tl.constexpr, K_ROW: tl.constexpr,
-    V_ROW: tl.constexpr,
+    tokens_1, tokens_2, level_2, h, w, k_b, k_f, k_n, k_h, k_d, v_b, v_f, v_n, v_h, v_d,
+    D: tl.constexpr, COARSE: tl.constexpr, K_ROW: tl.constexpr, V_ROW: tl.constexpr,
 ):  # fmt: skip
     """Where a segment's keys and values lie, their number and strides, and what weighs them.
 
-    Returns key, value, size, strides of rows and columns (k, v, k, v), level, sized, weight.
-    `weight` is added to logits in units of log 2: a frame that counts n times adds log n, and so
-    does, where the segment is sized, a cell of n tokens. Cells of a RAGGED grid differ: the caller
-    adds `counted` to theirs.
+    Returns key, value, size, strides of rows and columns (k, v, k, v), weight, level, uneven.
     """
     frame = tl.load(entry).to(tl.int64)
     level = tl.load(entry + 1)
-    weight = tl.math.log2(tl.load(entry + 2).to(tl.float32))
-    sized = tl.load(entry + 3) != 0
     size = tokens
     key = k + batch * k_b + frame * k_f + head * k_h
     value = v + batch * v_b + frame * v_f + head * v_h
@@ -102,107 +95,151 @@ def find(
         if not V_ROW:
             v_n = tl.where(coarse, heads * D, v_n)
         k_d, v_d = tl.where(coarse, 1, k_d), tl.where(coarse, 1, v_d)
-        if not RAGGED:
-            side = tl.maximum(level, 1).to(tl.float32)
-            weight += tl.where(sized, 2.0 * tl.math.log2(side), 0.0)
     if K_ROW:
         k_n = K_ROW
     if V_ROW:
         v_n = V_ROW
-    return key, value, size, k_n, v_n, k_d, v_d, level, sized, weight
+    weight, uneven = weigh(entry, level, h, w)
+    return key, value, size, k_n, v_n, k_d, v_d, weight, level, uneven
+
+
+@triton.jit
+def weigh(entry, level, h, w):
+    """What a segment adds to its logits, in units of log 2, and whether its cells differ.
+
+    A frame that counts n times adds log n, and so does, where the segment is sized, a cell of n
+    tokens. Where these cells are uneven, `counted` is the caller's to add.
+    """
+    weight = tl.math.log2(tl.load(entry + 2).to(tl.float32))
+    sized = tl.load(entry + 3) != 0
+    side = tl.maximum(level, 1)
+    uneven = sized & (h % side + w % side != 0)
+    even = tl.where(sized & (uneven == 0), side, 1)
+    return weight + 2.0 * tl.math.log2(even.to(tl.float32)), uneven
+
+
+@triton.jit
+def halves(
+    base, size, row_stride, column_stride,
+    ROWS: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, D: tl.constexpr,
+    WHOLE: tl.constexpr,
+):  # fmt: skip
+    """A tile in two widths; where SECOND is 0, the first again, which nothing reads."""
+    x1 = tile(base, size, row_stride, column_stride, ROWS, 0, FIRST, D, WHOLE)
+    x2 = x1
+    if SECOND:
+        x2 = tile(base, size, row_stride, column_stride, ROWS, FIRST, SECOND, D, WHOLE)
+    return x1, x2
+
+
+@triton.jit
+def against(x1, x2, y1, y2, SECOND: tl.constexpr):
+    """x y^T of tiles in two widths."""
+    product = tl.dot(x1, tl.trans(y1), input_precision="ieee")
+    if SECOND:
+        product = tl.dot(x2, tl.trans(y2), product, input_precision="ieee")
+    return product
+
+
+@triton.jit
+def onto(sum1, sum2, weights, x1, x2, SECOND: tl.constexpr):
+    """sum + weights x of tiles in two widths."""
+    sum1 = tl.dot(weights, x1, sum1, input_precision="ieee")
+    if SECOND:
+        sum2 = tl.dot(weights, x2, sum2, input_precision="ieee")
+    return sum1, sum2
+
+
+@triton.jit
+def store(
+    base, x1, x2, size, row_stride,
+    ROWS: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """Writes a tile in two widths."""
+    put(base, x1, size, row_stride, ROWS, 0, FIRST, D)
+    if SECOND:
+        put(base, x2, size, row_stride, ROWS, FIRST, SECOND, D)
+
+
+@triton.jit
+def biased(scores, done, size, weight, level, uneven, h, w, BN: tl.constexpr):
+    """Scores plus what weighs keys `done`... of a segment; none for keys beyond its last."""
+    key = done + tl.arange(0, BN)
+    bias = tl.where(key < size, weight, float("-inf"))
+    if uneven:
+        bias += tl.math.log2(counted(key, level, h, w))
+    return scores + bias[None, :]
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def _attend(
-    q, k, v, k_1, v_1, k_2, v_2, out, lse, row_ptr, segments, scale,
+    q, k, v, k_1, v_1, k_2, v_2, out, lse, row_ptr, segments, scale, unit,
     frames_q, frames, heads, tokens, tokens_1, tokens_2, level_2, h, w,
     q_b, q_f, q_n, q_h, q_d, k_b, k_f, k_n, k_h, k_d, v_b, v_f, v_n, v_h, v_d,
     D: tl.constexpr, QK1: tl.constexpr, QK2: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, COARSE: tl.constexpr, RAGGED: tl.constexpr,
-    BIASED: tl.constexpr, WHOLE: tl.constexpr, NEGATIVE: tl.constexpr, EMULATE: tl.constexpr,
-    ALIGN: tl.constexpr, K_ROW: tl.constexpr, V_ROW: tl.constexpr, BASE2: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, COARSE: tl.constexpr, EVEN: tl.constexpr,
+    NEGATIVE: tl.constexpr, EMULATE: tl.constexpr, ALIGN: tl.constexpr,
+    K_ROW: tl.constexpr, V_ROW: tl.constexpr,
 ):  # fmt: skip
     """BM queries of one frame and head over all its segments, in one online softmax.
 
-    Logits are in units of log 2: `scale` is |scale| / ln 2. COARSE is the number of coarse levels
-    in use; their keys and values are dense, [B, F, tokens_i, H, D]. There is one inner loop, whose
-    bases and strides depend on the segment: a loop for each level spills (255 registers and 96 to
-    768 bytes on sm_90).
+    Logits are in units of log 2: `scale` is |scale| / ln 2. The log-sum-exp, which `unit` takes
+    from there to the caller's, is not written where that is 0. EVEN says that tiles are full and
+    the cells of a level alike. COARSE is the number of coarse levels in use; their keys and values
+    are dense, [B, F, tokens_i, H, D]. There is one inner loop, whose bases and strides depend on
+    the segment: a loop for each level spills (255 registers and 96 to 768 bytes on sm_90).
     """
     q_n, q_h = q_n // ALIGN * ALIGN, q_h // ALIGN * ALIGN  # known to the compiler from here
     k_n, k_h = k_n // ALIGN * ALIGN, k_h // ALIGN * ALIGN
     v_n, v_h = v_n // ALIGN * ALIGN, v_h // ALIGN * ALIGN
     # Tiles of one head and frame are neighbours: they read the same keys, from L2.
     blocks = tl.cdiv(tokens, BM)
-    block = tl.program_id(0) % blocks
+    first = tl.program_id(0) % blocks * BM
     head = (tl.program_id(0) // blocks % heads).to(tl.int64)
     image = (tl.program_id(0) // blocks // heads).to(tl.int64)
     batch, frame = image // frames_q, image % frames_q
-    first = block * BM
-    start = q + batch * q_b + frame * q_f + head * q_h
-    start += first.to(tl.int64) * q_n
-    q1 = tile(start, tokens - first, q_n, q_d, BM, 0, QK1, D, False)
+    rest = tokens - first
+    start = q + batch * q_b + frame * q_f + head * q_h + first.to(tl.int64) * q_n
+    q1, q2 = halves(start, rest, q_n, q_d, BM, QK1, QK2, D, False)
     if NEGATIVE:
-        q1 = -q1
-    if QK2:
-        q2 = tile(start, tokens - first, q_n, q_d, BM, QK1, QK2, D, False)
-        if NEGATIVE:
-            q2 = -q2
+        q1, q2 = -q1, -q2
 
     peak = tl.full([BM], float("-inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
     sum1 = tl.zeros([BM, D1], tl.float32)
-    if D2:
-        sum2 = tl.zeros([BM, D2], tl.float32)
-    columns = tl.arange(0, BN)
+    sum2 = tl.zeros([BM, D2 if D2 else D1], tl.float32)
     step = tl.full([], BN, tl.int64)
 
     for segment in range(tl.load(row_ptr + frame), tl.load(row_ptr + frame + 1)):
-        key, value, size, k_row, v_row, k_column, v_column, level, sized, weight = find(
+        key, value, size, k_row, v_row, k_column, v_column, weight, level, uneven = find(
             segments + 4 * segment, k, v, k_1, v_1, k_2, v_2, batch, head, frames, heads, tokens,
-            tokens_1, tokens_2, level_2, k_b, k_f, k_n, k_h, k_d, v_b, v_f, v_n, v_h, v_d,
-            D, COARSE, RAGGED, K_ROW, V_ROW,
+            tokens_1, tokens_2, level_2, h, w, k_b, k_f, k_n, k_h, k_d, v_b, v_f, v_n, v_h, v_d,
+            D, COARSE, K_ROW, V_ROW,
         )  # fmt: skip
         for done in range(0, size, BN):
-            left = size - done
-            k1 = tile(key, left, k_row, k_column, BN, 0, QK1, D, WHOLE)
-            scores = tl.dot(q1, tl.trans(k1), input_precision="ieee")
-            if QK2:
-                k2 = tile(key, left, k_row, k_column, BN, QK1, QK2, D, WHOLE)
-                scores = tl.dot(q2, tl.trans(k2), scores, input_precision="ieee")
+            k1, k2 = halves(key, size - done, k_row, k_column, BN, QK1, QK2, D, EVEN)
+            scores = against(q1, q2, k1, k2, QK2)
             before = peak
-            if BIASED:
-                bias = tl.where(columns < left, weight, float("-inf"))
-                if RAGGED:
-                    bias += tl.where(
-                        sized, tl.math.log2(counted(done + columns, level, h, w)), 0.0
-                    )
-                scores = scores * scale + bias[None, :]
-                peak = tl.maximum(before, tl.max(scores, 1))
-                weights = exp2(scores - peak[:, None], EMULATE)
-            else:
+            if EVEN:
                 peak = tl.maximum(before, tl.max(scores, 1) * scale + weight)
                 weights = exp2(scores * scale - (peak - weight)[:, None], EMULATE)
+            else:
+                scores = biased(scores * scale, done, size, weight, level, uneven, h, w, BN)
+                peak = tl.maximum(before, tl.max(scores, 1))
+                weights = exp2(scores - peak[:, None], EMULATE)
             rescale = tl.math.exp2(before - peak)
             total = total * rescale + tl.sum(weights, 1)
-            weights = weights.to(v.dtype.element_ty)
-            v1 = tile(value, left, v_row, v_column, BN, 0, D1, D, WHOLE)
-            sum1 = tl.dot(weights, v1, sum1 * rescale[:, None], input_precision="ieee")
-            if D2:
-                v2 = tile(value, left, v_row, v_column, BN, D1, D2, D, WHOLE)
-                sum2 = tl.dot(weights, v2, sum2 * rescale[:, None], input_precision="ieee")
+            v1, v2 = halves(value, size - done, v_row, v_column, BN, D1, D2, D, EVEN)
+            sum1, sum2 = onto(
+                sum1 * rescale[:, None], sum2 * rescale[:, None],
+                weights.to(v.dtype.element_ty), v1, v2, D2,
+            )  # fmt: skip
             key += step * k_row
             value += step * v_row
 
     inverse = (1.0 / total)[:, None]  # one division a row, not one an element
-    target = out + ((image * tokens + first) * heads + head) * D
-    put(target, sum1 * inverse, tokens - first, heads * D, BM, 0, D1, D)
-    if D2:
-        put(target, sum2 * inverse, tokens - first, heads * D, BM, D1, D2, D)
-    if lse is not None:
-        row = first + tl.arange(0, BM)
-        at = lse + (image * tokens + row) * heads + head
-        sums = peak + tl.math.log2(total)
-        if not BASE2:
-            sums *= LN2
-        tl.store(at, sums, mask=row < tokens)
+    place = (image * tokens + first) * heads + head
+    store(out + place * D, sum1 * inverse, sum2 * inverse, rest, heads * D, BM, D1, D2, D)
+    if unit != 0:
+        row = tl.arange(0, BM)
+        tl.store(lse + place + row * heads, (peak + tl.math.log2(total)) * unit, mask=row < rest)

@@ -38,16 +38,8 @@ def forward(q, k, v, row_ptr, segments, levels, h, w, scale, return_lse):
     if out.numel():
         sources = pool(k, v, levels, h, w)
         common = call(q, k, v, row_ptr, segments, levels, h, w, scale)
-        attend(common, sources, out, lse if return_lse else None)
+        attend(common, sources, out, lse, unit=math.log(2) if return_lse else 0.0)
     return out, lse
-
-
-def why_not_backward(q, *args) -> list[str]:
-    """Reasons against this backward where the forward runs."""
-    if q.dtype == torch.float32:
-        # In the interpreter, two seeds: one_frame was 51 % beyond the budget, sized_ragged 6 %.
-        return ["in float32 these gradients can miss the error budget"]
-    return []
 
 
 def backward(grads, q, k, v, row_ptr, segments, levels, h, w, scale, return_lse):
@@ -61,13 +53,19 @@ def backward(grads, q, k, v, row_ptr, segments, levels, h, w, scale, return_lse)
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     sources = pool(k, v, levels, h, w)
     common = call(q, k, v, row_ptr, segments, levels, h, w, scale)
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
-    attend(common, sources, out, lse, base2=True)
+    norm, delta = (q.new_empty(q.shape[:-1], dtype=torch.float32) for _ in range(2))
+    out = share = None
+    if q.dtype == torch.float32:  # the kernel over queries finds what the result would give
+        share = torch.empty_like(norm)
+    else:
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        attend(common, sources, out, norm, unit=1.0)
 
     arguments, constants = common
-    arguments = {**arguments, **strides(g=grad), "grad": grad, "lse": lse}
-    arguments["delta"] = torch.empty_like(lse)
+    arguments = {
+        **arguments, **strides(g=grad), "grad": grad, "norm": norm, "share": share,
+        "delta": delta, "factor": q.shape[-1] ** -0.5 if scale is None else scale,
+    }  # fmt: skip
     constants = {**constants, "ALIGN": alignment(q, k, v, grad)}
     config = choose(NAME, "_differentiate_queries", **facts(q))
     launch(
@@ -75,17 +73,20 @@ def backward(grads, q, k, v, row_ptr, segments, levels, h, w, scale, return_lse)
         (triton.cdiv(q.shape[2], config["BM"]) * programs(q),),
         {**arguments, **pairs(sources), "out": out, "grad_lse": grad_lse, "dq": dq},
         config,
+        EVEN=even(arguments, config["BN"]),
         **rows(constants["COARSE"], K_ROW=k, V_ROW=v),
-        **edges(common, config["BN"]),
         **constants,
     )
     arguments |= inverse(row_ptr, segments, levels, k.shape[1])
-    arguments |= {f"d{name}": None for name in pairs(sources)} | {"level_1": levels[0]}
+    arguments |= {f"d{name}": norm for name in pairs(sources)}  # stands for no gradient
+    del constants["COARSE"]
     for i, (level, source) in enumerate(zip(levels, sources, strict=True), 1):
         if level:
             summed = torch.empty_like(source, dtype=torch.float32)
+            arguments |= {"level_1": 0, "level_2": 0}
             differentiate_keys(arguments, constants, level, i, *source.unbind(), *summed.unbind())
             arguments |= {f"d{name}_{i}": x for name, x in zip("kv", summed.unbind(), strict=True)}
+    arguments |= {f"level_{i}": level for i, level in enumerate(levels, 1)}
     differentiate_keys(arguments, constants, 0, 0, k, v, dk, dv)
     return [dq, dk, dv]
 
@@ -96,6 +97,9 @@ def differentiate_keys(arguments, constants, level, slot, k, v, dk, dv) -> None:
     apart = config.pop("APART")
     tensors = {"k": k, "v": v, "dk": dk, "dv": dv}
     numbers = {"size": k.shape[2], "level": level, "group": slot * k.shape[1]}
+    if level:
+        numbers["factor"] = 1.0  # level 0 applies it to what it takes from here, too
+    whole = arguments["tokens"] % config["BM"] == 0
     # Apart, the scores are computed twice, but half the sums fit in registers.
     for keys, values in ((True, False), (False, True)) if apart else ((True, True),):
         launch(
@@ -103,11 +107,11 @@ def differentiate_keys(arguments, constants, level, slot, k, v, dk, dv) -> None:
             (triton.cdiv(k.shape[2], config["BN"]) * programs(k),),
             {**arguments, **strides(k=k, v=v), **tensors, **numbers},
             config,
-            **constants | {"COARSE": 0 if level else constants["COARSE"]},
-            WHOLE=arguments["tokens"] % config["BM"] == 0,
+            EVEN=whole and not ragged(level, arguments["h"], arguments["w"]),
             **rows(0, Q_ROW=arguments["q"], G_ROW=arguments["grad"]),
             KEYS=keys,
             VALUES=values,
+            **constants,
         )
 
 
@@ -167,53 +171,57 @@ def call(q, k, v, row_ptr, segments, levels, h, w, scale):
         "q": q, "k": k, "v": v, "row_ptr": row_ptr, "segments": segments,
         "scale": scale / math.log(2), "frames_q": q.shape[1], "frames": k.shape[1],
         "heads": q.shape[3], "tokens": q.shape[2], "tokens_1": tokens_1, "tokens_2": tokens_2,
-        "level_2": levels[1], "h": h, "w": w, **strides(q=q, k=k, v=v),
+        "level_1": levels[0], "level_2": levels[1], "h": h, "w": w, **strides(q=q, k=k, v=v),
     }  # fmt: skip
     constants = {
-        "D": q.shape[-1], "D1": d1, "D2": d2, "COARSE": len(used),
-        "RAGGED": any(h % level or w % level for level in used), "ALIGN": alignment(q, k, v),
+        "D": q.shape[-1], "D1": d1, "D2": d2, "COARSE": len(used), "ALIGN": alignment(q, k, v),
     }  # fmt: skip
     return arguments, constants
 
 
-def attend(common, sources, out, lse, *, base2=False) -> None:
+def attend(common, sources, out, lse, *, unit) -> None:
     """The forward kernel over q, k, v and the pooled `sources`.
 
-    `base2` leaves the log-sum-exp in units of log 2, for the backward.
+    `unit` is what a doubling adds to the log-sum-exp, log(2) or 1; where 0, it is not written.
     """
     arguments, constants = common
-    # Even: no tile of up to 64 keys needs a bias of its own.
-    even = not edges(common, 64)["BIASED"]
-    config = choose(NAME, "_attend", **facts(out), even=even)
+    config = choose(NAME, "_attend", **facts(out), even=even(arguments, 64))
     padded = config.pop("PAD_QK")
     d1, d2 = constants["D1"], constants["D2"]
     launch(
         _attend,
         (triton.cdiv(out.shape[2], config["BM"]) * programs(out),),
-        {**arguments, **pairs(sources), "out": out, "lse": lse, "scale": abs(arguments["scale"])},
+        {
+            **arguments, **pairs(sources), "out": out, "lse": lse, "unit": unit,
+            "scale": abs(arguments["scale"]),
+        },
         config,
         QK1=triton.next_power_of_2(d1 + d2) if padded else d1,
         QK2=0 if padded else d2,
         NEGATIVE=arguments["scale"] < 0,
-        BASE2=base2,
+        EVEN=even(arguments, config["BN"]),
         **rows(constants["COARSE"], K_ROW=arguments["k"], V_ROW=arguments["v"]),
-        **edges(common, config["BN"]),
         **constants,
-    )
+    )  # fmt: skip
 
 
-def edges(common, width):
-    """Whether tiles of `width` keys are all full, and whether scores take a bias of their own."""
-    arguments, constants = common
-    whole = all(arguments[name] % width == 0 for name in ("tokens", "tokens_1", "tokens_2"))
-    return {"WHOLE": whole, "BIASED": not whole or constants["RAGGED"]}
+def even(arguments, width) -> bool:
+    """Whether all tiles of `width` keys are full, and the cells of each level of one size."""
+    full = all(arguments[name] % width == 0 for name in ("tokens", "tokens_1", "tokens_2"))
+    h, w = arguments["h"], arguments["w"]
+    return full and not any(ragged(arguments[name], h, w) for name in ("level_1", "level_2"))
+
+
+def ragged(level, h, w) -> bool:
+    """Whether the cells at the edges of a coarse level hold fewer tokens."""
+    return level > 0 and bool(h % level or w % level)
 
 
 def rows(coarse, **tensors):
     """Row strides that the compiler may take as constants, 0 where it may not.
 
     Then the addresses of a tile differ by constants, which the load instructions hold: on sm_90
-    in 16 bits `_attend` takes 145 registers for head dim 80 (179 before) and 179 for 160 (224).
+    in 16 bits `_attend` takes 154 registers for head dim 80 (186 without) and 184 for 160 (236).
     Strides of projections, fused or not, are a few for each model; others, which may depend on
     the clip's length, would compile anew for each. Pooled rows are dense: they must share it.
     """

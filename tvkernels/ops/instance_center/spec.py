@@ -14,10 +14,14 @@ CASES = {
     "one_frame": _case(1, 1, 5, 8),
     "five_frames": _case(1, 5, 7, 3),
     "one_channel": _case(2, 4, 9, 1),
+    "many_frames": _case(2, 33, 3, 5),
     "no_batch": _case(0, 3, 4, 8),
     "no_frame": _case(1, 0, 4, 8),
     "sd15-64": _case(2, 16, 4096, 320),
     "sd15-16": _case(2, 16, 256, 1280),
+    # Of 17 to 32 frames, and more than one program holds.
+    "sd15-32-24f": _case(2, 24, 1024, 640),
+    "sd15-16-48f": _case(1, 48, 256, 1280),
 }
 
 

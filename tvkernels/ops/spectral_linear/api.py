@@ -1,4 +1,4 @@
-"""Contract of spectral_linear, and its estimate of sigma. Imports torch only."""
+"""Contract of spectral_linear, and sigma by given vectors or exact. Imports torch only."""
 
 from __future__ import annotations
 
@@ -74,35 +74,6 @@ def check_sigma(sigma: Tensor | None, name: str) -> None:
         )
 
 
-@torch.no_grad()
-def power_iteration(weight: Tensor, u: Tensor, steps: int = 1) -> tuple[Tensor, Tensor]:
-    """Better singular vectors of the largest singular value (Miyato et al., algorithm 1).
-
-    Args:
-        weight: [C_out, C_in].
-        u: [C_out], the left vector of the previous call; any random vector at first.
-        steps: iterations; one for each training step is enough.
-    Returns:
-        (u, v), unit vectors [C_out] and [C_in] in float32 at least. A zero product keeps the
-        vector there was, so that an all-zero weight does not end the estimate for good.
-    Raises:
-        ValueError: shapes do not fit, or no step is asked for.
-    """
-    if weight.dim() != 2 or u.shape != weight.shape[:1] or steps < 1:
-        raise ValueError(
-            "weight is [C_out, C_in], u [C_out] and steps 1 or more, got "
-            f"{tuple(weight.shape)}, {tuple(u.shape)}, {steps}"
-        )
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    weight, u = weight.to(wide), u.to(wide)
-    v = torch.full_like(weight[0], max(weight.shape[1], 1) ** -0.5)
-    with _no_autocast([weight]):
-        for _ in range(steps):
-            v = _unit(weight.mT @ u, v)
-            u = _unit(weight @ v, u)
-    return u, v
-
-
 def spectral_sigma(weight: Tensor, u: Tensor | None = None, v: Tensor | None = None) -> Tensor:
     """The largest singular value: u^T W v by given vectors, or exact (EI2, eq. 8).
 
@@ -127,8 +98,3 @@ def spectral_sigma(weight: Tensor, u: Tensor | None = None, v: Tensor | None = N
         )
     with _no_autocast([weight]):
         return u.detach().to(wide) @ (wide @ v.detach().to(wide))
-
-
-def _unit(x: Tensor, previous: Tensor) -> Tensor:
-    norm = torch.linalg.vector_norm(x)
-    return torch.where(norm > 0, x / norm.where(norm > 0, 1), previous)

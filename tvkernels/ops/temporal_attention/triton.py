@@ -100,6 +100,17 @@ def _place(batch, frame, cell, heads, x_b, x_f, x_n, x_h, ALIGN: tl.constexpr):
 
 
 @triton.jit
+def _all_frames(frames, cells, CELLS: tl.constexpr, FRAMES: tl.constexpr):
+    """The program's batch, its frames, its block of cells, and which [frames, cells, 1] exist."""
+    blocks = tl.cdiv(cells, CELLS)
+    batch = (tl.program_id(0) // blocks).to(tl.int64)
+    cell = (tl.program_id(0) % blocks) * CELLS + tl.arange(0, CELLS)
+    frame = tl.arange(0, FRAMES)
+    inside = (frame < frames)[:, None, None] & (cell < cells)[None, :, None]
+    return batch, frame, cell, inside
+
+
+@triton.jit
 def _columns(
     inside, START: tl.constexpr, HEAD_DIM: tl.constexpr, CHUNK: tl.constexpr, TAIL: tl.constexpr
 ):
@@ -152,11 +163,7 @@ def _attend(
     CHUNK: tl.constexpr, TAIL: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """A block of cells with all their frames; a head is cut into CHUNK columns and a TAIL."""
-    blocks = tl.cdiv(cells, CELLS)
-    batch = (tl.program_id(0) // blocks).to(tl.int64)
-    cell = (tl.program_id(0) % blocks) * CELLS + tl.arange(0, CELLS)
-    frame = tl.arange(0, FRAMES)
-    inside = (frame < frames)[:, None, None] & (cell < cells)[None, :, None]
+    batch, frame, cell, inside = _all_frames(frames, cells, CELLS, FRAMES)
     q_at = _place(batch, frame, cell, heads, q_b, q_f, q_n, q_h, ALIGN)
     k_at = _place(batch, frame, cell, heads, k_b, k_f, k_n, k_h, ALIGN)
     v_at = _place(batch, frame, cell, heads, v_b, v_f, v_n, v_h, ALIGN)
@@ -246,11 +253,7 @@ def _differentiate(
     CHUNK: tl.constexpr, TAIL: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """All gradients of a block of cells; the second pass over q, k and grad is from cache."""
-    blocks = tl.cdiv(cells, CELLS)
-    batch = (tl.program_id(0) // blocks).to(tl.int64)
-    cell = (tl.program_id(0) % blocks) * CELLS + tl.arange(0, CELLS)
-    frame = tl.arange(0, FRAMES)
-    inside = (frame < frames)[:, None, None] & (cell < cells)[None, :, None]
+    batch, frame, cell, inside = _all_frames(frames, cells, CELLS, FRAMES)
     q_at = _place(batch, frame, cell, heads, q_b, q_f, q_n, q_h, ALIGN)
     k_at = _place(batch, frame, cell, heads, k_b, k_f, k_n, k_h, ALIGN)
     v_at = _place(batch, frame, cell, heads, v_b, v_f, v_n, v_h, ALIGN)
