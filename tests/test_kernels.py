@@ -16,6 +16,7 @@ from tvkernels._dispatch import OPS
 pytest.importorskip("triton")
 
 from tvkernels._triton import configs, launch, support
+from tvkernels.ops import specs
 from tvkernels.testing import kernels
 
 ROOT = Path(__file__).parents[1]
@@ -64,6 +65,17 @@ def test_bad_input_is_one_line(arguments, complaint):
 def test_the_interpreter_cannot_compile():
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1 turns compilation off"):
         kernels.compilations("instance_center", "sm_90")
+
+
+@pytest.mark.parametrize("name", [n for n, op in OPS.items() if "triton" in op.backends])
+def test_launches_fit_a_device(name):
+    """Only x reaches beyond 65,535 programs, and a kernel gets its own arguments and no other."""
+    launches = list(kernels._launches(OPS[name], specs()[name], "sm_90", torch.bfloat16, None))
+    assert launches
+    for x in launches:
+        assert len(x.grid) == 1 and 0 < x.grid[0] < 2**31
+        given = [*x.arguments, *x.constants]
+        assert sorted(given) == sorted(x.kernel.arg_names), x.kernel.__name__
 
 
 COMPILATION = kernels.Compilation(
