@@ -10,17 +10,25 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.tvkernels-installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: setup demo test test-slow lint bench gpu clean
+# What `make setup` was given a compiler for is compiled again when a source has changed.
+CSRC := $(wildcard csrc/*.cpp csrc/*/*.* csrc/*/*/*.*)
+
+.PHONY: setup native demo test test-slow lint bench gpu clean
 
 setup: $(STAMP)
 
 # torch comes first and by itself: whatever else would pull it in could bring another build along.
-$(STAMP): pyproject.toml setup.py constraints.txt
+$(STAMP): pyproject.toml setup.py constraints.txt $(CSRC)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) setuptools wheel
 	$(PIP) $(TORCH)
 	$(PIP) --no-build-isolation -e '.[$(EXTRAS)]'
 	@touch $@
+
+# tvkernels/_C_cpu.so and, where nvcc is found, tvkernels/_C_cuda.so; an error where a compiler is
+# missing. setup.py names the environment variables that steer it.
+native:
+	TVKERNELS_BUILD=1 $(BIN)/python setup.py --quiet build_ext --inplace
 
 demo: setup
 	$(BIN)/tvk demo
@@ -35,16 +43,20 @@ test-slow: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(filter %.h %.cpp %.cu %.cuh,$(CSRC))
 
 bench: setup
 	$(BIN)/tvk bench quality --scenes 4
 	$(BIN)/tvk bench ops
 
 # Nothing is installed here: a machine with a GPU needs torch and triton, in the environment or in
-# the python that is found first. TRITON_PTXAS_PATH names another ptxas.
+# the python that is found first. TRITON_PTXAS_PATH names another ptxas. With nvcc and setuptools the
+# CUDA library is built and takes part.
+gpu: ANY = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 gpu:
-	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks
+	-@TVKERNELS_BUILD=auto $(ANY) setup.py --quiet build_ext --inplace
+	@$(ANY) benchmarks
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache compile_commands.json tvkernels/_C_*.so
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tvkernels import _native
+
 # Before anything imports triton: its kernels then run on the host, which is how they are tested.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -43,6 +45,8 @@ def pytest_terminal_summary(terminalreporter):
         missing.append("kernels on a device (make gpu): no CUDA device")
     if importlib.util.find_spec("triton") is None:
         missing.append("interpreter tests: triton is not installed")
+    if reasons := _native.why_not("cpu"):
+        missing.append(f"native kernels: {'; '.join(reasons)}")
     if not any(CLIPS.glob("*.mp4")):
         missing.append("tests on real clips: no clips beside the repository")
     if missing:

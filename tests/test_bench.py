@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+from tvkernels import _native
 from tvkernels._dispatch import OPS
 from tvkernels.benchmarks import (
     cases,
@@ -104,6 +105,7 @@ def test_every_provider_is_there_or_says_why_not(measured):
     found = by_provider(rows)
     assert set(found) == set(rivals.NAMES)
     timed = {"cpu", "reference", "sdpa-flash", "sdpa-math"}
+    timed |= set() if _native.why_not("cpu", "frame_attention") else {"native"}
     assert {name for name, row in found.items() if row["status"] == "timed"} == timed
     assert all(row["reason"] for name, row in found.items() if name not in timed)
     assert found["triton"]["reason"] and found["triton"]["status"] == "absent"
@@ -455,7 +457,7 @@ def test_gate_says_what_it_leaves_out(broken, monkeypatch):
         seen += gate.run(TEMPORAL, torch.float32, CPU, gate.jobs(TEMPORAL, ("cpu",)), math.inf)
 
 
-def test_gpu_summary():
+def test_gpu_summary(monkeypatch):
     checked = dict.fromkeys(("case", "dtype", "layout", "reason", "backward"), None)
     right = checked | {"step": "check", "op": "instance_center", "backend": "triton",
                        "status": "right"}  # fmt: skip
@@ -463,6 +465,12 @@ def test_gpu_summary():
     assert gpu.summary([right], [], ops) == []
     refused = right | {"status": "refused", "reason": "ptxas 12.8"}
     assert gpu.summary([refused], [], ops) == ["NEVER RUN: instance_center on triton: ptxas 12.8"]
+    # The CUDA library is one that a machine may do without; built, it has to run.
+    cuda = {"op": "guided_ddim_step", "backend": "cuda"}
+    rows = [right | {"op": "guided_ddim_step"}, refused | cuda]
+    for missing, faults in ((["not built"], 0), ([], 1)):
+        monkeypatch.setattr(gpu._native, "why_not", lambda part, reasons=missing: reasons)
+        assert len(gpu.summary(rows, [], ["guided_ddim_step"])) == faults
     (fault,) = gpu.summary([right, right | {"status": "wrong", "reason": "off"}], [], ops)
     assert fault == "WRONG: check instance_center triton: off"
     rival = dict.fromkeys(run.FIELDS) | {"op": "instance_center", "provider": "sdpa-flash",

@@ -21,7 +21,7 @@ PACKAGES = {
 MAX_LINES = 600
 MAX_IMPORT_MS = 50
 
-LEAVES = {"patterns", "_dispatch", "_compat", "_device", "_triton"}
+LEAVES = {"patterns", "_dispatch", "_compat", "_device", "_native", "_triton"}
 LAYER_OF = {
     **dict.fromkeys(LEAVES, "leaf"),
     "processors": "processors",
@@ -95,8 +95,8 @@ def objection(module: str, target: str, late: bool = False) -> str | None:
     if layer(module) is None or there is None:
         name = module if here is None else target
         return f"{name} has no layer: give it one in {Path(__file__).name}"
-    if there == "backend" and parts[3] in ("triton", "cuda"):
-        return "triton and cuda backends are loaded by the dispatcher alone, when they run"
+    if there == "backend" and parts[3] in ("triton", "cuda", "native"):
+        return "triton, cuda and native backends are loaded by the dispatcher alone, when they run"
     if late and here == "api" and there == "backend" and parts[2] == module.split(".")[2]:
         return None
     if here == there or there in MAY_IMPORT[here]:
@@ -162,6 +162,7 @@ def test_every_layer_imports_only_layers_to_its_right():
         ("tvkernels.ops.frame_attention.api", "triton"),
         ("tvkernels.ops.frame_attention.cpu", "tvkernels.ops.frame_attention.triton"),
         ("tvkernels.ops.frame_attention.cpu", "tvkernels.ops.temporal_attention.cuda"),
+        ("tvkernels.ops.frame_attention.cpu", "tvkernels.ops.frame_attention.native"),
         ("tvkernels.ops.frame_attention.cpu", "tvkernels.processors"),
         ("tvkernels.processors.attention", "tvkernels.ops.frame_attention.cpu"),
         ("tvkernels.processors.attention", "tvkernels.inflate"),

@@ -1,11 +1,15 @@
 """What frame_attention's backends hold at once: all live results of the operations inside."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tvkernels import FramePattern
+from tvkernels import FramePattern, _native
 from tvkernels._dispatch import OPS
 from tvkernels.testing.calls import tensors
 
@@ -127,3 +131,60 @@ def test_reference_holds_them_all(pattern, backward, few_scores):
 
 def test_frames_that_read_themselves_copy_nothing():
     assert held(FramePattern.own(), "cpu").at_attention == [0]
+
+
+# In a process of its own: what C++ allocates is seen only as resident memory, and memory that
+# another call has given back would serve again unseen. The kernel's record of the most is reset
+# before each call.
+PEAKS = """
+import sys
+import torch
+from tvkernels import FramePattern, frame_attention
+
+def resident(key):
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key)) * 1024
+
+frames, height, width, heads, dim = map(int, sys.argv[2:])
+torch.set_num_threads(2)
+pattern = FramePattern.fine_coarse(2)
+
+def call(backend, grid):
+    q, k, v = (torch.randn(1, frames, grid[0] * grid[1], heads, dim) for _ in range(3))
+    open("/proc/self/clear_refs", "w").write("5")
+    before = resident("VmRSS")
+    frame_attention(q, k, v, pattern, grid=grid, backend=backend)
+    return resident("VmHWM") - before
+
+call(sys.argv[1], (2, 2))  # libraries and threads come first
+print(call(sys.argv[1], (height, width)))
+"""
+NATIVE = _native.why_not("cpu", "frame_attention")
+measured = pytest.mark.skipif(
+    bool(NATIVE) or not Path("/proc/self/clear_refs").exists(),
+    reason="; ".join(NATIVE) or "/proc says nothing of resident memory here",
+)
+
+
+def peak(backend, frames, grid, heads, dim):
+    """Bytes that became resident during one call, its result included."""
+    sizes = [str(x) for x in (frames, *grid, heads, dim)]
+    done = subprocess.run(
+        [sys.executable, "-c", PEAKS, backend, *sizes], capture_output=True, text=True, check=True
+    )
+    return int(done.stdout)
+
+
+@measured
+def test_native_holds_the_result_the_coarse_frames_and_little_else():
+    frames, grid, heads, dim = 8, (32, 32), 4, 40
+    frame = 4 * grid[0] * grid[1] * heads * dim
+    own = frames * frame + 2 * frames * frame / 4
+    # Of each thread 0.15 MiB: 256 queries, their results, weights of a tile of keys.
+    assert peak("native", frames, grid, heads, dim) <= own + 2**20
+
+
+@measured
+def test_native_peaks_at_a_fifth_of_the_reference_at_most():
+    sizes = 8, (32, 32), 4, 40
+    assert 5 * peak("native", *sizes) <= peak("reference", *sizes)

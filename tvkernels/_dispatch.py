@@ -17,10 +17,14 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-BACKENDS = ("cuda", "triton", "cpu", "reference")  # the order "auto" tries them in
+# The order "auto" tries them in: native is our C++ for CPUs, cpu composed PyTorch. CUDA C++ comes
+# after Triton until a measurement puts it first: it takes what Triton has a reason against.
+BACKENDS = ("triton", "cuda", "native", "cpu", "reference")
 # "auto" leaves tensors on a CPU to the other backends: Triton's interpreter, the one thing here
 # that could take them, is for tests and runs by name.
 ON_DEVICE = ("cuda", "triton")
+# Kernels of our own: autograd does not see inside, so where one brings no backward, cpu's serves.
+OPAQUE = (*ON_DEVICE, "native")
 LIBRARY = torch.library.Library("tvkernels", "DEF")
 OPS: dict[str, Op] = {}
 
@@ -143,7 +147,7 @@ class Op:
         *args, backend = args
         module = self.resolve(backend, *args)
         with _no_autocast(args):
-            if backend_name(module) in ON_DEVICE and not brings_backward(module, args):
+            if backend_name(module) in OPAQUE and not brings_backward(module, args):
                 module = self.backend("cpu")  # composed PyTorch, which runs on every device
             if hasattr(module, "backward"):
                 found = module.backward(grads, *args)

@@ -100,7 +100,8 @@ def edit_command(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Same seed, same bytes. [default: 0]")] = None,
     backend: Annotated[
-        str | None, typer.Option(help="auto, cuda, triton, cpu or reference. [default: auto]")
+        str | None,
+        typer.Option(help="auto, triton, cuda, native, cpu or reference. [default: auto]"),
     ] = None,
     cache: Annotated[
         Path | None,

@@ -63,7 +63,7 @@ class EditSettings(BaseModel):
     steps: Annotated[int, Field(ge=1, le=1000)] | None = None
     guidance: Annotated[float, Field(ge=0)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    backend: Literal["auto", "cuda", "triton", "cpu", "reference"] = "auto"
+    backend: Literal["auto", "triton", "cuda", "native", "cpu", "reference"] = "auto"
     gradient_checkpointing: bool = False
     cache: Path | Literal[False] | None = None
     output: Path | None = None

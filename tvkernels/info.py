@@ -12,6 +12,7 @@ from importlib import metadata
 import torch
 
 import tvkernels
+from tvkernels import _native
 from tvkernels._dispatch import BACKENDS, OPS
 from tvkernels.ops import NAMES
 from tvkernels.testing.calls import build, registered_arguments
@@ -54,7 +55,17 @@ def _versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             versions[package] = NOT_INSTALLED
     versions["ptxas"] = _ptxas()
+    versions["native, CPU"] = _library("cpu")
+    versions["native, CUDA"] = _library("cuda")
     return versions
+
+
+def _library(part: str) -> str:
+    """Whether a compiled library is used, and a CPU one's instruction set; else all reasons."""
+    reasons = _native.why_not(part)
+    if reasons:
+        return "; ".join(reasons)
+    return f"{_native.load(part).level()} kernels" if part == "cpu" else "runs"
 
 
 def _ptxas() -> str:

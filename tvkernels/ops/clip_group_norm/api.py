@@ -16,7 +16,7 @@ OP = Op(
     "Tensor x, Tensor weight, Tensor bias, SymInt groups, float eps, bool silu",
     "Tensor",
     _fake,
-    backends=("triton", "cpu", "reference"),
+    backends=("cuda", "triton", "native", "cpu", "reference"),
     differentiable=(0, 1, 2),
 )
 

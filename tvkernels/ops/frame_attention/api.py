@@ -23,7 +23,7 @@ OP = Op(
     "SymInt h, SymInt w, float? scale, bool return_lse",
     "(Tensor, Tensor)",
     _fake,
-    backends=("triton", "cpu", "reference"),
+    backends=("triton", "native", "cpu", "reference"),
     differentiable=(0, 1, 2),
 )
 

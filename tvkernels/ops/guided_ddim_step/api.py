@@ -17,7 +17,7 @@ OP = Op(
     "Tensor sample, Tensor noise, Tensor step, Tensor? mask, Tensor? background",
     "Tensor",
     _fake,
-    backends=("triton", "cpu", "reference"),
+    backends=("cuda", "triton", "native", "cpu", "reference"),
 )
 
 

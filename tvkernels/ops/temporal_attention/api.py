@@ -16,7 +16,7 @@ OP = Op(
     "Tensor q, Tensor k, Tensor v, float? scale",
     "Tensor",
     _fake,
-    backends=("triton", "cpu", "reference"),
+    backends=("cuda", "triton", "native", "cpu", "reference"),
     differentiable=(0, 1, 2),
 )
 

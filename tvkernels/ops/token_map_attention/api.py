@@ -17,7 +17,7 @@ OP = Op(
     "Tensor q, Tensor k, Tensor v, Tensor tokens, float? scale",
     "(Tensor, Tensor)",
     _fake,
-    backends=("triton", "cpu", "reference"),
+    backends=("triton", "native", "cpu", "reference"),
     differentiable=(0, 1, 2),
 )
 

@@ -1,0 +1,134 @@
+"""Random calls of the native CPU ops against the reference: shapes, strides, alignments, dtypes.
+
+A program of its own too, so that it can run at another level or beside a sanitizer:
+``python tests/native_fuzz.py FOLDER ROUNDS [OP ...]``, where FOLDER holds the library.
+"""
+
+import dataclasses
+import random
+import sys
+from pathlib import Path
+
+import torch
+
+import tvkernels
+from tvkernels import _native
+from tvkernels._dispatch import OPS
+from tvkernels.ops import specs
+from tvkernels.testing.budget import assert_error_budget
+from tvkernels.testing.calls import build, tensors
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def size(rng, most):
+    """A size from 1 on, small ones and those around a vector's width more often."""
+    return rng.choice((rng.randint(1, most), rng.choice((1, 2, 3, 4, 7, 8, 9, 15, 16, 17))))
+
+
+def temporal_attention(rng):
+    shape = {"b": rng.randint(1, 2), "f": size(rng, 20), "n": rng.randint(1, 5)}
+    return shape | {"h": rng.randint(1, 5), "d": size(rng, 90), "scale": rng.choice((None, 0.3))}
+
+
+def clip_group_norm(rng):
+    groups = rng.randint(1, 4)
+    channels = groups * size(rng, 20)
+    # One plane in four is longer than the block whose sum is one float32.
+    side = 80 if rng.random() < 0.25 and channels < 20 else size(rng, 12)
+    shape = (rng.randint(1, 2), rng.randint(1, 4), channels, side, size(rng, 12))
+    return {"shape": shape, "groups": groups, "silu": rng.random() < 0.5}
+
+
+def guided_ddim_step(rng):
+    shape = tuple(size(rng, 40) for _ in range(rng.randint(1, 5)))
+    mask = tuple(n if rng.random() < 0.6 else 1 for n in shape)[rng.randint(0, len(shape) - 1) :]
+    return {
+        "shape": shape, "guided": rng.random() < 0.5, "mask": rng.choice((None, mask, shape)),
+        "step": (rng.uniform(0.01, 0.99), rng.uniform(0.01, 0.99), 7.5),
+        "boolean": rng.random() < 0.3, "frames_inside": False,
+    }  # fmt: skip
+
+
+SHAPES = {f.__name__: f for f in (temporal_attention, clip_group_norm, guided_ddim_step)}
+
+
+def laid_out(x, rng):
+    """x, equal in value, at other strides and an odd address, with NaN in all the gaps."""
+    if not isinstance(x, torch.Tensor) or not x.is_floating_point() or x.dim() == 0:
+        return x
+    order = list(range(x.dim()))
+    rng.shuffle(order)
+    steps = [rng.choice((1, 1, 1, 2)) for _ in order]
+    room = [
+        x.shape[d] * step + rng.choice((0, 0, 3)) for d, step in zip(order, steps, strict=True)
+    ]
+    offset = rng.randint(0, 9)
+    count = torch.Size(room).numel()
+    memory = torch.full((count + offset,), torch.nan, dtype=x.dtype)[offset:].view(room)
+    view = memory.permute([order.index(d) for d in range(x.dim())])
+    for d in range(x.dim()):
+        view = view[(slice(None),) * d + (slice(0, x.shape[d] * steps[order.index(d)]),)]
+        view = view[(slice(None),) * d + (slice(None, None, steps[order.index(d)]),)]
+    return view.copy_(x)
+
+
+def check(op, seed):
+    """One random call of one op; the message names what must be known to repeat it."""
+    rng = random.Random(f"{op} {seed}")
+    spec = specs()[op]
+    case = rng.choice(spec.small_cases)
+    if op in SHAPES and rng.random() < 0.8:
+        drawn = {**spec.cases[case], **SHAPES[op](rng)}
+        spec = dataclasses.replace(spec, cases={case: drawn})
+    dtype = rng.choice(DTYPES)
+    again = rng.getrandbits(32)
+
+    def run(backend, **make):
+        positional, keyword = build(spec, case, dtype, seed=seed, **make)
+        strides = random.Random(again)
+        every = strides.random() < 0.5
+        given = dict(enumerate(positional)) | keyword
+        # All of them, or one alone: what the others could merge, it must not.
+        odd = given if every else {strides.choice([*given])}
+        given = {name: laid_out(x, strides) if name in odd else x for name, x in given.items()}
+        positional = [given.pop(i) for i in range(len(positional))]
+        return tensors(spec.call(*positional, **given, backend=backend))
+
+    found, low, exact = run("native"), run("reference"), run("reference", wide=torch.float64)
+    assert len(found) == len(exact) > 0
+    for i, result in enumerate(zip(found, low, exact, strict=True)):
+        what = f"{op}, seed {seed}, {dtype}, {spec.cases[case]}, output {i}"
+        assert_error_budget(*result, factor=spec.budget, what=what)
+
+
+def check_rounding():
+    """Halves are widened exactly and rounded to nearest even: as torch rounds the same float32."""
+    step = torch.tensor([0.5, 0.25, 1.0])
+    for dtype in DTYPES[1:]:
+        # Every bit pattern: subnormals, infinities and NaN among them. The lone last is a tail.
+        x = torch.arange(-(2**15), 2**15 + 1).to(torch.int16).view(dtype)
+        noise = torch.randn(len(x), generator=torch.Generator().manual_seed(1)).to(dtype) * 0.01
+        noise[::2] = 0
+        found = tvkernels.guided_ddim_step(x, noise, step, backend="native")
+        wide = tvkernels.guided_ddim_step(x.float(), noise.float(), step, backend="native")
+        expected = wide.to(dtype)
+        assert torch.equal(found.isnan(), expected.isnan()), dtype
+        assert torch.equal(found.nan_to_num(), expected.nan_to_num()), dtype
+
+
+def main(folder, rounds, *ops):
+    _native.FOLDER = Path(folder)
+    torch.set_num_threads(2)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # results begin as NaN
+    level = _native.load("cpu").level()
+    check_rounding()
+    ops = ops or [op for op in specs() if "native" in OPS[op].backends]
+    for op in ops:
+        for seed in range(int(rounds)):
+            check(op, seed)
+    print(f"{len(ops)} ops, {rounds} calls each, level {level}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,247 @@
+"""The native libraries: how they build, what they import, when they load, and that they are right.
+
+Results at the best level of this CPU are tests/test_ops.py's; here are the other levels, random
+calls, and the same calls under the address and undefined-behaviour sanitizers.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import native_fuzz
+import pytest
+import torch
+
+import tvkernels
+from tvkernels import BackendError, _native, info
+from tvkernels._dispatch import OPS
+from tvkernels.ops import specs
+from tvkernels.testing.calls import build, registered_arguments
+
+ROOT = Path(__file__).parents[1]
+TORCH = Path(torch.__file__).parent
+built = pytest.mark.skipif(bool(_native.why_not("cpu")), reason="; ".join(_native.why_not("cpu")))
+compiler = pytest.mark.skipif(
+    sys.platform != "linux" or shutil.which("g++") is None, reason="needs g++ on Linux"
+)
+NATIVE = [op for op in OPS if "native" in OPS[op].backends]
+SMALL = (torch.randn(1, 2, 3, 2, 8),) * 3
+
+
+def run(*command, **environment):
+    result = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
+        check=False,
+    )
+    assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
+    return result.stdout
+
+
+def declared_by_torch_2_10():
+    """Every function of the stable ABI that its headers declare to a build for torch 2.10."""
+    code = "#include <torch/csrc/stable/ops.h>\n#include <torch/csrc/stable/library.h>\n"
+    flags = ["-std=c++17", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-DUSE_CUDA"]
+    result = subprocess.run(
+        ["g++", "-E", "-P", *flags, f"-I{TORCH / 'include'}", "-x", "c++", "-"],
+        input=code,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return set(re.findall(r"\b((?:aoti_)?torch_\w+)\s*\(", result.stdout))
+
+
+@built
+@compiler
+def test_one_binary_for_torch_2_10_and_newer():
+    """All it takes from elsewhere is C, C++'s own library and the stable ABI's list of 2.10."""
+    allowed = declared_by_torch_2_10()
+    assert "torch_parallel_for" in allowed and "torch_from_blob" not in allowed  # 2.10's; 2.11's
+    for library in _native.FOLDER.glob("_C_*.so"):
+        wanted = run("nm", "-DC", "--undefined-only", str(library)).splitlines()
+        names = [line.split(maxsplit=1)[1] for line in wanted]
+        own = r"std::|operator (new|delete)|(typeinfo|vtable) for (std|__cxxabiv1)::|_ITM_|__gmon_"
+        versioned = r"@(GLIBC|GLIBCXX|CXXABI|GCC)_"
+        stable = {n for n in names if not re.match(own, n) and not re.search(versioned, n)}
+        assert "torch_library_impl" in stable
+        assert stable <= allowed, f"{library.name} imports {sorted(stable - allowed)}"
+
+
+@built
+@compiler
+def test_kernels_of_one_level_stay_there():
+    """A function that two levels share would be the linker's choice, AVX-512 on any CPU."""
+    objects = sorted((ROOT / "build" / "native" / "cpu").glob("*.o"), key=os.path.getmtime)
+    # The newest of each name: older ones were compiled with other flags.
+    newest = {o.name.rpartition(".")[0].rpartition(".")[0]: o for o in objects}
+    leveled = [o for name, o in newest.items() if re.search(r"\.(generic|avx2|avx512)$", name)]
+    if not leveled:
+        pytest.skip("built elsewhere: no objects in build/native")
+    for file in leveled:
+        level = file.name.split(".")[1]
+        for line in run("nm", "-C", "--defined-only", str(file)).splitlines():
+            _, kind, name = line.split(maxsplit=2)
+            assert kind not in "WVu", f"{file.name} shares {name}"
+            assert kind != "T" or f"tvk::{level}::" in name, f"{file.name} defines {name}"
+
+
+def test_import_loads_no_library():
+    loaded = run(
+        sys.executable,
+        "-c",
+        "import tvkernels.ops.temporal_attention.native; print(open('/proc/self/maps').read())",
+    )
+    assert "_C_cpu" not in loaded and "libtorch_cpu" in loaded
+
+
+def test_a_missing_library_is_said(monkeypatch, tmp_path):
+    monkeypatch.setattr(_native, "FOLDER", tmp_path)
+    with pytest.raises(BackendError, match="make native") as error:
+        tvkernels.temporal_attention(*SMALL, backend="native")
+    assert "TVKERNELS_BUILD=1" in str(error.value) and "_C_cpu.so" in str(error.value)
+    assert "make native" in info.report()["versions"]["native, CPU"]
+    assert "make native" in info.report()["ops"]["temporal_attention"]["backends"]["native"][0]
+    with pytest.raises(RuntimeError, match="make native"):
+        _native.load("cpu")
+    # auto goes on without a word: composed PyTorch gives the same result.
+    result = tvkernels.temporal_attention(*SMALL)
+    assert torch.equal(result, tvkernels.temporal_attention(*SMALL, backend="cpu"))
+
+
+def test_a_library_that_does_not_load_is_said(monkeypatch, tmp_path):
+    (tmp_path / "_C_cpu.so").write_bytes(b"of another machine")
+    monkeypatch.setattr(_native, "FOLDER", tmp_path)
+    (reason,) = _native.why_not("cpu")
+    assert "another machine or torch" in reason and "make native" in reason
+
+
+@built
+def test_a_library_without_an_op_is_said():
+    (reason,) = _native.why_not("cpu", "an_op_of_tomorrow")
+    assert "built without an_op_of_tomorrow" in reason and "make native" in reason
+
+
+def test_what_a_cpu_op_refuses():
+    x = torch.zeros(2)
+    assert any("CPU tensors, got meta" in r for r in _native.refuse("any", x.to("meta")))
+    assert any("float64" in r for r in _native.refuse("any", x.double(), None))
+    assert any("one dtype" in r for r in _native.refuse("any", x, x.half()))
+
+
+@built
+@pytest.mark.parametrize("op", NATIVE)
+def test_auto_takes_it(op):
+    """And hands float64, which it does not compute, to composed PyTorch."""
+    spec = specs()[op]
+    for dtype, name in ((torch.float32, "native"), (torch.float64, "cpu")):
+        args = registered_arguments(spec, build(spec, spec.small_cases[0], dtype))
+        module = OPS[op].resolve("auto", *args)
+        assert module.__name__ == f"tvkernels.ops.{op}.{name}", module
+
+
+@built
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("op", NATIVE)
+def test_random_calls(op):
+    for seed in range(25):
+        native_fuzz.check(op, 1000 + seed)
+
+
+@compiler
+def test_exp_is_within_one_ulp(tmp_path):
+    program = str(tmp_path / "exp_ulps")
+    source = ["-O2", "-std=c++17", "-Icsrc", "-DTVK_LEVEL=generic", "tests/exp_ulps.cpp"]
+    run("g++", *source, "-o", program)
+    assert float(run(program)) < 1  # a line more than the error is no number
+
+
+@built
+def test_halves_are_rounded_as_torch_rounds_them():
+    native_fuzz.check_rounding()
+
+
+@built
+@pytest.mark.parametrize("level", ("generic", "avx2"))
+def test_other_levels(level):
+    """One process each: the level is chosen once."""
+    best = _native.load("cpu").level()
+    fuzz = ("tests/native_fuzz.py", str(_native.FOLDER), "5")
+    said = run(sys.executable, *fuzz, TVKERNELS_CPU_LEVEL=level)
+    assert f"level {'generic' if best == 'generic' else level}" in said
+
+
+@built
+def test_a_level_that_does_not_exist_is_an_error():
+    code = "from tvkernels import _native; _native.load('cpu').level()"
+    with pytest.raises(AssertionError, match="use generic, avx2 or avx512"):
+        run(sys.executable, "-c", code, TVKERNELS_CPU_LEVEL="sse9")
+
+
+def setup(*arguments, **environment):
+    return run(sys.executable, "setup.py", "--quiet", *arguments, **environment)
+
+
+def wheel(folder, **environment):
+    dirs = ["build", "--build-lib", str(folder / "lib"), "bdist_wheel", "--dist-dir", str(folder)]
+    setup(*dirs, "--bdist-dir", str(folder / "bdist"), **environment)
+    (found,) = folder.glob("*.whl")
+    return found.name, zipfile.ZipFile(found).namelist()
+
+
+def test_a_wheel_without_a_library_is_for_every_platform(tmp_path):
+    name, files = wheel(tmp_path, TVKERNELS_BUILD="0")
+    assert name.endswith("-py3-none-any.whl")
+    assert not [f for f in files if f.endswith(".so")]
+
+
+@built
+@compiler
+def test_a_wheel_with_a_library_is_for_this_platform_and_every_python(tmp_path):
+    name, files = wheel(tmp_path, TVKERNELS_BUILD="1", TVKERNELS_CUDA_ARCHS="")
+    assert re.search(r"-py3-none-linux_\w+\.whl$", name), name
+    assert [f for f in files if f.endswith(".so")] == ["tvkernels/_C_cpu.so"]
+
+
+@pytest.mark.parametrize(
+    ("environment", "text"),
+    [
+        ({"TVKERNELS_BUILD": "maybe"}, "use auto, 0 or 1"),
+        ({"TVKERNELS_BUILD": "1", "CXX": "no-such-compiler"}, "no-such-compiler was not"),
+    ],
+)
+def test_a_build_that_cannot_be_is_one_clear_line(environment, text):
+    with pytest.raises(AssertionError, match=text):
+        setup("build_ext", **environment)
+
+
+def test_auto_builds_nothing_without_a_compiler(tmp_path):
+    environment = {"TVKERNELS_BUILD": "auto", "CXX": "no-such-compiler"}
+    setup("build_ext", "--build-lib", str(tmp_path), **environment)
+    assert not list(tmp_path.rglob("*.so"))
+
+
+@pytest.mark.slow
+@compiler
+def test_under_sanitizers(tmp_path):
+    """Reads and writes out of bounds, and what C++ leaves undefined, end the program."""
+    flags = "-fsanitize=address,undefined -fno-sanitize-recover=all -O1 -g -Wno-error"
+    setup(
+        "build_ext", "--build-lib", str(tmp_path), "--build-temp", str(tmp_path / "temp"),
+        TVKERNELS_BUILD="1", TVKERNELS_CUDA_ARCHS="", CXXFLAGS=flags,
+    )  # fmt: skip
+    preload = [run("g++", f"-print-file-name=lib{name}.so").strip() for name in ("asan", "ubsan")]
+    for level in ("avx512", "avx2", "generic"):
+        run(
+            sys.executable, "tests/native_fuzz.py", str(tmp_path / "tvkernels"), "50",
+            LD_PRELOAD=":".join(preload), TVKERNELS_CPU_LEVEL=level,
+            # Python and torch keep memory to their end: leaks say nothing here.
+            ASAN_OPTIONS="detect_leaks=0,halt_on_error=1", OMP_NUM_THREADS="2",
+        )  # fmt: skip

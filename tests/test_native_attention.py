@@ -1,0 +1,111 @@
+"""Native attention where it takes turns: several tiles of keys, blocks of queries, chunks of rows.
+
+The specs' small cases fit in one of each.
+"""
+
+import dataclasses
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from tvkernels import FramePattern, _native, frame_attention, token_map_attention
+from tvkernels._dispatch import OPS as DISPATCHED
+from tvkernels.ops import specs
+from tvkernels.testing.budget import assert_error_budget
+from tvkernels.testing.calls import build, registered_arguments, tensors
+
+OPS = ("frame_attention", "token_map_attention", "shift_restricted_temporal_attention")
+MISSING = [reason for op in OPS for reason in _native.why_not("cpu", op)]
+pytestmark = [
+    pytest.mark.usefixtures("poisoned"),
+    pytest.mark.skipif(bool(MISSING), reason="; ".join(MISSING)),
+]
+
+
+def frames(pattern, f, grid, **other):
+    case = {"pattern": pattern, "b": 2, "f": f, "grid": grid, "h": 2, "d": 12}
+    return "frame_attention", case | {"lse": True, "queries": None} | other
+
+
+def words(n, length, tokens):
+    case = {"b": 2, "f": 2, "n": n, "h": 3, "d": 9, "length": length, "tokens": tokens}
+    return "token_map_attention", case
+
+
+def positions(f, n, c):
+    case = {"b": 2, "f": f, "n": n, "c": c, "heads": 2, "bias": True, "sigma": "given"}
+    return "shift_restricted_temporal_attention", case | {"offset": 1.0}
+
+
+CASES = {
+    "one_tile": frames("own", 1, (8, 16)),
+    "tile_and_one_key": frames("own", 1, (3, 43)),
+    "tiles_over_segments": frames("fine_coarse2_sized", 3, (7, 19)),
+    "tiles_of_anchors": frames("uneven", 5, (9, 16)),
+    "blocks": frames("first_previous", 2, (17, 20), b=1),
+    "blocks_of_cached_frames": frames("fine_coarse4", 4, (18, 19), b=1, queries=(2,), d=33),
+    "one_block": frames("own", 1, (16, 16), b=1),
+    "block_and_one_query": frames("own", 1, (1, 257), b=1),
+    "words_of_two_tiles": words(5, 200, (0, 127, 128, 199)),
+    "blocks_of_queries": words(300, 7, (6,)),
+    "chunks": positions(8, 300, 8),
+    "chunks_of_few_positions": positions(17, 250, 4),
+}
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@pytest.mark.parametrize("threads", (1, 2))
+@pytest.mark.parametrize("layout", ("dense", "permuted"))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_turns_within_error_budget(case, dtype, layout, threads):
+    op, drawn = CASES[case]
+    spec = dataclasses.replace(specs()[op], cases={case: drawn})
+
+    def run(backend, **wide):
+        positional, keyword = build(spec, case, dtype, layout=layout, **wide)
+        return tensors(spec.call(*positional, **keyword, backend=backend))
+
+    low, exact = run("reference"), run("reference", wide=torch.float64)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = run("native")
+    finally:
+        torch.set_num_threads(before)
+    for i, result in enumerate(zip(found, low, exact, strict=True)):
+        assert_error_budget(*result, factor=spec.budget, what=f"output {i}")
+
+
+def test_many_small_weights_beside_a_large_one():
+    """Each is below half a rounding step of the large one; together they are not."""
+    size = 128  # of one tile
+    q, k = torch.ones(1, 1, size, 1, 1), torch.zeros(1, 1, size, 1, 1)
+    k[0, 0, 0] = 17.0  # 4e-8 for each of the others
+    v = (torch.arange(size) == 0).float().view(1, 1, size, 1, 1)
+
+    def run(backend, dtype=torch.float32):
+        values = (x.to(dtype) for x in (q, k, v))
+        return frame_attention(*values, FramePattern.own(), scale=1.0, backend=backend)
+
+    assert_error_budget(run("native"), run("reference"), run("reference", torch.float64))
+
+
+@pytest.mark.parametrize("token", (77, -1))
+def test_a_position_outside_the_text(token):
+    q, k = torch.randn(1, 2, 3, 2, 4), torch.randn(1, 77, 2, 4)
+    with pytest.raises(IndexError, match=f"{token} is out of bounds"):
+        token_map_attention(q, k, k, torch.tensor([5, token]), backend="native")
+
+
+@pytest.mark.parametrize("asked", ("", "generic"))
+@pytest.mark.parametrize("op", ("frame_attention", "token_map_attention"))
+def test_without_wide_vectors_it_runs_where_asked_for(op, asked, monkeypatch):
+    monkeypatch.setattr(_native, "load", lambda part: SimpleNamespace(level=lambda: "generic"))
+    monkeypatch.setenv("TVKERNELS_CPU_LEVEL", asked)
+    spec = specs()[op]
+    args = registered_arguments(spec, build(spec, spec.small_cases[0]))
+    reasons = DISPATCHED[op].backend("native").why_not(*args)
+    assert bool(reasons) == (not asked)
+    assert all("slower than cpu" in reason for reason in reasons)
