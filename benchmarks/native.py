@@ -1,0 +1,114 @@
+"""What the native CPU kernels save: ours, composed PyTorch and the reference take turns.
+
+`python -m tvkernels.benchmarks.native [op ...]`: SD-1.x shapes with 8 frames in float32. Ratios of
+medians; on a busy machine they move, so run it on an idle one. Rows go to results/native.jsonl.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+import tvkernels
+from tvkernels.benchmarks import machine, timing
+
+RESULTS = Path(__file__).parent / "results" / "native.jsonl"
+BACKENDS = ("native", "cpu", "reference")
+LEVELS = ((16, 1280), (32, 640), (64, 320))  # side of the tokens' grid, channels
+FRAMES, HEADS = 8, 8
+PATTERNS = {
+    "fine-coarse, r = 2": tvkernels.FramePattern.fine_coarse(2),
+    "[0; f - 1]": tvkernels.FramePattern.first_previous(),
+}
+
+
+def _frame_attention(side: int, channels: int) -> Iterator[tuple[str, Callable]]:
+    q, k, v = (torch.randn(1, FRAMES, side * side, HEADS, channels // HEADS) for _ in range(3))
+    for name, pattern in PATTERNS.items():
+        yield (
+            name,
+            lambda b, p=pattern: tvkernels.frame_attention(
+                q, k, v, p, grid=(side, side), backend=b
+            ),
+        )
+
+
+def _temporal_attention(side: int, channels: int) -> Iterator[tuple[str, Callable]]:
+    fused = torch.randn(1, FRAMES, side * side, 3, HEADS, channels // HEADS)
+    apart = [x.contiguous() for x in fused.unbind(3)]
+    for name, given in (("q, k, v apart", apart), ("slices of one", fused.unbind(3))):
+        yield name, lambda b, x=given: tvkernels.temporal_attention(*x, backend=b)
+
+
+def _stam(side: int, channels: int) -> Iterator[tuple[str, Callable]]:
+    z = torch.randn(1, FRAMES, side * side, channels)
+    weights = [torch.randn(channels, channels) * channels**-0.5 for _ in range(4)]
+    sigmas = {"sigma_v": torch.ones(()), "sigma_out": torch.ones(())}
+    call = tvkernels.shift_restricted_temporal_attention
+    yield "", lambda b: call(z, *weights, torch.zeros(channels), heads=HEADS, **sigmas, backend=b)
+
+
+def _clip_group_norm(side: int, channels: int) -> Iterator[tuple[str, Callable]]:
+    x, w = torch.randn(1, FRAMES, channels, side, side), torch.randn(2, channels)
+    last = x.flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(0, (1, FRAMES))
+    for name, given in (("SiLU", x), ("SiLU, channels last", last)):
+        yield name, lambda b, x=given: tvkernels.clip_group_norm(x, *w, 32, silu=True, backend=b)
+
+
+def _guided_ddim_step(side: int, channels: int) -> Iterator[tuple[str, Callable]]:
+    sample, noise = torch.randn(1, FRAMES, 4, side, side), torch.randn(2, FRAMES, 4, side, side)
+    step = torch.tensor([0.62, 0.71, 7.5])
+    yield "", lambda b: tvkernels.guided_ddim_step(sample, noise, step, backend=b)
+
+
+def _token_map_attention(side: int, channels: int) -> Iterator[tuple[str, Callable]]:
+    q = torch.randn(1, FRAMES, side * side, HEADS, channels // HEADS)
+    k, v = torch.randn(2, 1, 77, HEADS, channels // HEADS)
+    words = torch.tensor([2, 5])
+    yield "", lambda b: tvkernels.token_map_attention(q, k, v, words, backend=b)
+
+
+CALLS = {
+    "frame_attention": _frame_attention,
+    "temporal_attention": _temporal_attention,
+    "shift_restricted_temporal_attention": _stam,
+    "clip_group_norm": _clip_group_norm,
+    "guided_ddim_step": _guided_ddim_step,
+    "token_map_attention": _token_map_attention,
+}
+
+
+@torch.no_grad()
+def main(ops: list[str]) -> int:
+    """Times the ops, prints a line for each call and keeps its row; 2 for an unknown op."""
+    unknown = [op for op in ops if op not in CALLS]
+    if unknown:
+        print(f"no op {unknown[0]} here: use {', '.join(CALLS)}", file=sys.stderr)
+        return 2
+    cpu = torch.device("cpu")
+    facts = machine.facts(cpu) | {"date": machine.today()}
+    for op in ops or CALLS:
+        for side, channels in LEVELS:
+            for variant, call in CALLS[op](side, channels):
+                candidates = [timing.Candidate(b, [lambda b=b, c=call: c(b)]) for b in BACKENDS]
+                for candidate in candidates:
+                    candidate.calls[0]()
+                times = timing.interleave(candidates, cpu, seconds=1.0)
+                medians = {b: t.median_s for b, t in zip(BACKENDS, times, strict=True)}
+                row = {"op": op, "variant": variant, "side": side, "channels": channels, **facts}
+                with open(RESULTS, "a") as file:
+                    file.write(json.dumps(row | {f"{b}_s": s for b, s in medians.items()}) + "\n")
+                ratios = ", ".join(
+                    f"{medians[b] / medians['native']:.2f} x {b}" for b in BACKENDS[1:]
+                )
+                print(f"{op} {side}x{side}/{channels} {variant}: "
+                      f"{medians['native'] * 1e3:.2f} ms, {ratios}", flush=True)  # fmt: skip
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
