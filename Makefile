@@ -50,12 +50,10 @@ bench: setup
 	$(BIN)/tvk bench ops
 
 # Nothing is installed here: a machine with a GPU needs torch and triton, in the environment or in
-# the python that is found first. TRITON_PTXAS_PATH names another ptxas. With nvcc and setuptools the
-# CUDA library is built and takes part.
-gpu: ANY = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+# the python that is found first. TRITON_PTXAS_PATH names another ptxas. The CUDA library takes part
+# where `make native` has built it.
 gpu:
-	-@TVKERNELS_BUILD=auto $(ANY) setup.py --quiet build_ext --inplace
-	@$(ANY) benchmarks
+	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache compile_commands.json tvkernels/_C_*.so

@@ -61,8 +61,11 @@ def torch_has_cuda() -> bool:
     return re.search(r"^cuda\b.*= *['\"]", text, re.MULTILINE) is not None
 
 
-def compiler() -> str | None:
-    return shutil.which(os.environ.get("CXX", "g++"))
+def compiler() -> list[str] | None:
+    """CXX, which may be several words, with its whole path."""
+    first, *others = shlex.split(os.environ.get("CXX") or "g++")
+    path = shutil.which(first)
+    return [path, *others] if path else None
 
 
 def nvcc() -> str | None:
@@ -100,8 +103,9 @@ def parts() -> list[str]:
 def gencode() -> list[str]:
     """nvcc's options for TVKERNELS_CUDA_ARCHS, written as torch writes its list."""
     found = []
-    for arch in (os.environ.get("TVKERNELS_CUDA_ARCHS") or ARCHS).replace(".", "").split(";"):
-        number, _, ptx = arch.strip().partition("+")
+    archs = re.split(r"[;\s]+", os.environ.get("TVKERNELS_CUDA_ARCHS") or ARCHS)
+    for arch in filter(None, archs):
+        number, _, ptx = arch.replace(".", "").partition("+")
         codes = [f"sm_{number}", f"compute_{number}"] if ptx == "PTX" else [f"sm_{number}"]
         found += [f"-gencode=arch=compute_{number},code=[{','.join(codes)}]"]
     return found
@@ -110,7 +114,7 @@ def gencode() -> list[str]:
 def compile_lines(part: str) -> list[tuple[Path, str, list[str]]]:
     """(source, name of its object, command without -c, source and -o) of every file of a part."""
     torch = str(torch_folder() / "include")
-    cxx = [compiler(), *CXX_FLAGS, *shlex.split(os.environ.get("CXXFLAGS", ""))]
+    cxx = [*compiler(), *CXX_FLAGS, *shlex.split(os.environ.get("CXXFLAGS", ""))]
     include = [f"-I{CSRC}"]
     with_torch = [*DEFINES, *include, "-isystem", torch]
     if part == "cuda":
@@ -137,7 +141,7 @@ def link_line(part: str) -> list[str]:
     if part == "cpu":
         flags = shlex.split(os.environ.get("CXXFLAGS", ""))
         # -Bsymbolic: what the library defines it also uses, whatever else a process has loaded.
-        return [compiler(), "-shared", "-Wl,-Bsymbolic", *flags, "{objects}", *libraries]
+        return [*compiler(), "-shared", "-Wl,-Bsymbolic", *flags, "{objects}", *libraries]
     # libtorch brings libtorch_cuda along, which a torch without CUDA does not have to link with.
     needed = ["-Xlinker", "--no-as-needed", "-ltorch"]
     return [nvcc(), "-shared", "--cudart=static", "{objects}", *needed, *libraries]
@@ -165,6 +169,10 @@ class Build(build_ext):
             self.build_temp = os.path.join("build", "native")
 
     def run(self):
+        # Where a compiler fails, the library of an older source must not stand in for it.
+        for folder in (self.build_lib, ROOT) if self.inplace else (self.build_lib,):
+            for library in (Path(folder) / "tvkernels").glob("_C_*.so"):
+                library.unlink()
         super().run()
         if self.inplace and self.extensions:
             self.write_commands()
@@ -197,7 +205,7 @@ class Build(build_ext):
     def call(self, command: list[str], what: Path) -> str:
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         if result.returncode:
-            help = "TVKERNELS_BUILD=0 leaves the native part out"
+            help = "TVKERNELS_BUILD=0 leaves csrc out, TVKERNELS_CUDA_ARCHS= its CUDA part"
             raise CompileError(f"{what} ({help}):\n{shlex.join(command)}\n{result.stderr}")
         return result.stderr
 

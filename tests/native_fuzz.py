@@ -50,7 +50,38 @@ def guided_ddim_step(rng):
     }  # fmt: skip
 
 
-SHAPES = {f.__name__: f for f in (temporal_attention, clip_group_norm, guided_ddim_step)}
+def frame_attention(rng):
+    f = rng.randint(1, 5)
+    some = tuple(rng.randrange(f) for _ in range(rng.randint(1, 3)))
+    pattern = rng.choice(("own", "first", "first_previous", "all", "fine_coarse2", "fine_coarse4",
+                          "fine_coarse2_sized", "uneven"))  # fmt: skip
+    return {
+        "b": rng.randint(1, 2), "f": f, "grid": (size(rng, 20), size(rng, 20)),
+        "h": rng.randint(1, 3), "d": size(rng, 90), "pattern": pattern,
+        "queries": rng.choice((None, some)), "lse": rng.random() < 0.3,
+    }  # fmt: skip
+
+
+def token_map_attention(rng):
+    length = size(rng, 300)
+    words = tuple(rng.randrange(length) for _ in range(rng.randint(0, 4)))
+    shape = {"b": rng.randint(1, 2), "f": rng.randint(1, 3), "n": size(rng, 300)}
+    return shape | {"h": rng.randint(1, 3), "d": size(rng, 90), "length": length, "tokens": words}
+
+
+def shift_restricted_temporal_attention(rng):
+    heads = rng.randint(1, 4)
+    shape = {"b": rng.randint(1, 2), "f": size(rng, 20), "n": size(rng, 40), "heads": heads}
+    return shape | {"c": heads * size(rng, 40), "bias": rng.random() < 0.7}
+
+
+SHAPES = {
+    draw.__name__: draw
+    for draw in (
+        temporal_attention, clip_group_norm, guided_ddim_step, frame_attention,
+        token_map_attention, shift_restricted_temporal_attention,
+    )
+}  # fmt: skip
 
 
 def laid_out(x, rng):

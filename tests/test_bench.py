@@ -373,7 +373,7 @@ def test_report_of_what_is_no_result(tmp_path):
     (
         (["--op", "softmax"], "unknown op 'softmax': use one of frame_attention, "),
         (["--case", "sd15-65"], "unknown case 'sd15-65': use one of own, "),
-        (["--provider", "magic"], "unknown provider 'magic': use one of cuda, "),
+        (["--provider", "magic"], "unknown provider 'magic': use one of triton, "),
         (["--device", "tpu"], "unknown device 'tpu'"),
         (["--device", "meta"], "no measurements on 'meta'"),
         (["--dtype", "float8"], "unknown dtype 'float8': use one of bfloat16, "),

@@ -139,6 +139,18 @@ def test_gradients_through_one_of_two_results(through):
     torch.testing.assert_close(*grads)
 
 
+def test_gradients_of_heads_that_lie_apart():
+    """Slices of wider heads: their strides are multiples of 4, the pooled heads' are not."""
+    inputs = [randn(1, 2, 16, 2, 8, seed=i)[..., :6].requires_grad_() for i in range(3)]
+    weight = randn(1, 2, 16, 2, 8, seed=7)
+    grads = []
+    for name in ("triton", "reference"):
+        out = frame_attention(*inputs, FramePattern.fine_coarse(2), grid=(4, 4), backend=name)
+        wide = torch.cat((out, torch.zeros(1, 2, 16, 2, 2)), -1)
+        grads.append(torch.autograd.grad((wide * weight).sum(), inputs))
+    torch.testing.assert_close(*grads)
+
+
 def test_gradient_of_a_frame_that_nobody_reads_is_zero():
     q, k, v = (
         randn(1, 1, 16, 1, 8),

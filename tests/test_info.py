@@ -114,5 +114,6 @@ def test_with_torch_alone():
 
 def test_module_prints_text():
     printed = run("-m", "tvkernels.info")
-    assert "frame_attention (own)\n  cuda       frame_attention has no cuda backend" in printed
+    assert "frame_attention (own)\n  triton     " in printed
+    assert "\n  cuda       frame_attention has no cuda backend" in printed
     assert printed.count("cpu        runs") == len(NAMES)

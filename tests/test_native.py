@@ -245,3 +245,12 @@ def test_under_sanitizers(tmp_path):
             # Python and torch keep memory to their end: leaks say nothing here.
             ASAN_OPTIONS="detect_leaks=0,halt_on_error=1", OMP_NUM_THREADS="2",
         )  # fmt: skip
+
+
+@built
+def test_more_dimensions_than_it_takes_are_a_reason():
+    sample = torch.randn([2] * 9).permute(*range(8, -1, -1))
+    step = torch.tensor([0.5, 0.6, 1.0])
+    with pytest.raises(BackendError, match="9 dimensions are more than 8"):
+        tvkernels.guided_ddim_step(sample, sample, step, backend="native")
+    assert tvkernels.guided_ddim_step(sample, sample, step).shape == sample.shape

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tvkernels import FramePattern, _native, frame_attention, token_map_attention
+from tvkernels import BackendError, FramePattern, _native, frame_attention, token_map_attention
 from tvkernels._dispatch import OPS as DISPATCHED
 from tvkernels.ops import specs
 from tvkernels.testing.budget import assert_error_budget
@@ -90,6 +90,41 @@ def test_many_small_weights_beside_a_large_one():
         return frame_attention(*values, FramePattern.own(), scale=1.0, backend=backend)
 
     assert_error_budget(run("native"), run("reference"), run("reference", torch.float64))
+
+
+def test_no_nan_is_lost():
+    """Not even one whose bits, as CUDA's own, would make a number beside an exponent."""
+    q, k, v = (torch.randn(1, 1, 4, 1, 8) for _ in range(3))
+    q[0, 0, 1] = torch.tensor([2**31 - 1], dtype=torch.int32).view(torch.float32)
+    own = FramePattern.own()
+    lost = frame_attention(q, k, v, own, backend="native").isnan()[0, 0, :, 0]
+    assert lost[1].all() and not lost[[0, 2, 3]].any()
+    _, maps = token_map_attention(q, k[:, 0], v[:, 0], torch.tensor([0, 1]), backend="native")
+    assert maps[0, 0, 1].isnan().all() and not maps[0, 0, 0].isnan().any()
+
+
+@pytest.mark.parametrize("other", (0.0, -1e20), ids=("some", "all"))
+def test_keys_that_score_minus_infinity(other):
+    """A whole tile of them first, and nothing else: NaN, as softmax has it."""
+    q = torch.full((1, 2, 128, 1, 1), 1e20)
+    k = torch.stack((torch.full((128, 1, 1), -1e20), torch.full((128, 1, 1), other)))[None]
+    v = torch.randn(1, 2, 128, 1, 1)
+    pattern = FramePattern.frames(anchors=(0, 1))
+    found, expected = (
+        frame_attention(q, k, v, pattern, scale=1.0, backend=b) for b in ("native", "reference")
+    )
+    torch.testing.assert_close(found, expected, equal_nan=True)
+
+
+def test_a_table_of_other_numbers_or_strides():
+    q, k, v = (torch.randn(1, 3, 4, 1, 8) for _ in range(3))
+    table = FramePattern.first_previous().table(3)
+    expected = frame_attention(q, k, v, table, backend="native")
+    turned = table._replace(segments=table.segments.t().contiguous().t())
+    assert torch.equal(frame_attention(q, k, v, turned, backend="native"), expected)
+    wide = table._replace(row_ptr=table.row_ptr.long())
+    with pytest.raises(BackendError, match="table in int32 on the CPU"):
+        frame_attention(q, k, v, wide, backend="native")
 
 
 @pytest.mark.parametrize("token", (77, -1))

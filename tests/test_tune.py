@@ -1,6 +1,7 @@
 """The search for configurations, as far as it goes without a GPU."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -20,6 +21,15 @@ def test_neighbours_differ_in_one_constant():
             {"num_stages": 2},
         )
     ]  # fmt: skip
+
+
+def test_an_override_reaches_the_thread_of_a_device():
+    """Autograd runs a backward there."""
+    override = configs.override("instance_center", "_center", {"A": 1})
+    with ThreadPoolExecutor(1) as pool, configs.listen() as questions, override:
+        found = pool.submit(configs.choose, "instance_center", "_center", arch="sm_90")
+        assert found.result() == {"A": 1}
+    assert questions == [("instance_center", "_center", {"arch": "sm_90"})]
 
 
 def test_an_override_and_what_was_asked():

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from functools import cache
 from importlib.resources import files
-from types import MappingProxyType
 from typing import Any
 
 # Architectures whose configurations ship and are compiled offline, with the shared memory in bytes
@@ -44,42 +42,45 @@ def choose(op: str, kernel: str, **facts: Any) -> dict[str, int]:
     Raises:
         LookupError: no entry fits.
     """
-    asked = _asked.get()
-    if asked is not None:
+    for asked in _listeners:
         asked.append((op, kernel, facts))
-    if (op, kernel) in _overrides.get():
-        return dict(_overrides.get()[op, kernel])
+    if (op, kernel) in _overrides:
+        return dict(_overrides[op, kernel])
     for entry in entries(op):
         if entry["kernel"] == kernel and all(_fits(entry.get(n), v) for n, v in facts.items()):
             return dict(entry["config"])
     raise LookupError(f"{op}/configs.json has no entry of kernel {kernel!r} for {facts}")
 
 
-_overrides: ContextVar[Mapping] = ContextVar("overrides", default=MappingProxyType({}))
-
-
-_asked: ContextVar[list | None] = ContextVar("asked", default=None)
+# Plain objects: autograd runs a device's backward in a thread of its own, which no ContextVar
+# reaches.
+_overrides: dict[tuple[str, str], dict[str, int]] = {}
+_listeners: list[list[tuple[str, str, dict]]] = []
 
 
 @contextmanager
 def listen() -> Iterator[list[tuple[str, str, dict]]]:
     """Inside, every question to `choose` is kept: (op, kernel, facts)."""
     asked: list[tuple[str, str, dict]] = []
-    token = _asked.set(asked)
+    _listeners.append(asked)
     try:
         yield asked
     finally:
-        _asked.reset(token)
+        _listeners[:] = [kept for kept in _listeners if kept is not asked]
 
 
 @contextmanager
 def override(op: str, kernel: str, config: dict[str, int]) -> Iterator[None]:
     """Inside, `choose` gives this configuration for one kernel of an op: what tuning tries."""
-    token = _overrides.set({**_overrides.get(), (op, kernel): config})
+    before = _overrides.get((op, kernel))
+    _overrides[op, kernel] = config
     try:
         yield
     finally:
-        _overrides.reset(token)
+        if before is None:
+            del _overrides[op, kernel]
+        else:
+            _overrides[op, kernel] = before
 
 
 @cache

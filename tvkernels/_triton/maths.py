@@ -9,7 +9,7 @@ import triton.language as tl
 # an integer and f in [0, 1); 2^f is a polynomial of degree 3 with p(0) = 1, minimax in the
 # relative error over [0, 1), which is 8.7e-5 at most (`tests/test_frame_kernels.py` measures it);
 # n is added to the exponent. n + 1.5 * 2^23 holds n in the low bits of its mantissa. Below -127
-# the result would wrap: a maximum that keeps NaN cuts it off there.
+# the result would wrap: a maximum cuts it off there. Of a NaN it makes the largest number.
 MIXED_EXP2 = tl.constexpr("""
 {
     .reg .f32 x, n, f, p;

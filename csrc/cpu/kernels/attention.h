@@ -46,7 +46,8 @@ inline f32v exp_below(f32v x) {
     p = p * r + 4.999999404e-1f;
     p = p * r + 1.0f;
     p = p * r + 1.0f;
-    return as<f32v>(as<i32v>(p) + (as<i32v>(shifted) << 23));
+    const f32v found = as<f32v>(as<i32v>(p) + (as<i32v>(shifted) << 23));
+    return p == p ? found : p;  // a NaN's bits would reach the exponent
 }
 
 // to[j][i] = from[i][j] for 4 x 4 floats.
@@ -86,10 +87,10 @@ const float* dense(const T* p, int64_t by, int64_t dim, float* staged) {
     return staged;
 }
 
-// Queries into lanes: to[d * lanes + i] = scale * (number d of query i), `lanes` a multiple of 4.
+// Queries into lanes: to[d * lanes + i] = number d of query i, `lanes` a multiple of 4.
 // Lanes beyond the last query repeat it. `staged` holds four rows.
 template <typename T>
-void pack(const T* q, int64_t by_query, int64_t by_dim, int64_t queries, int64_t dim, float scale,
+void pack(const T* q, int64_t by_query, int64_t by_dim, int64_t queries, int64_t dim,
           int64_t lanes, float* staged, float* to) {
     for (int64_t i = 0; i < lanes; i += 4) {
         const float* rows[4];
@@ -108,9 +109,6 @@ void pack(const T* q, int64_t by_query, int64_t by_dim, int64_t queries, int64_t
                 column[j] = rows[j][d];
             }
         }
-    }
-    for (int64_t i = 0; i < lanes * dim; i += W) {
-        store(load(to + i) * scale, to + i);
     }
 }
 
@@ -157,7 +155,7 @@ void unpack(const float* from, int64_t lanes, int64_t queries, int64_t dim, floa
 struct Tile {
     const float* keys[TILE];
     const float* values[TILE];
-    float bias[TILE];  // of the scores
+    float scale, bias[TILE];  // of the scores
     int size = 0;
 
     // Repeats the last row where a product would read on.
@@ -182,7 +180,8 @@ struct Groups {
     int64_t size(int64_t group) const { return first(group + 1) - first(group); }
 };
 
-// p[n][V * W] = keys[n] . q + bias[n], q being [dim][V * W]; `highest` takes part in the maxima.
+// p[n][V * W] = keys[n] . q * scale + bias[n], q being [dim][V * W]; `highest` takes part in the
+// maxima. A query scaled beforehand would round each of its products, which missed the budget.
 template <int V>
 void score(const Tile& tile, const float* q, int dim, float* p, f32v* highest) {
     constexpr int R = ROWS<V>;
@@ -197,7 +196,7 @@ void score(const Tile& tile, const float* q, int dim, float* p, f32v* highest) {
         for (int i = 0; i < R; ++i) {
 #pragma GCC unroll 4
             for (int j = 0; j < V; ++j) {
-                sums[i][j] = splat(tile.bias[n + i]);
+                sums[i][j] = f32v{};
             }
         }
         for (int d = 0; d < dim; ++d) {
@@ -219,8 +218,9 @@ void score(const Tile& tile, const float* q, int dim, float* p, f32v* highest) {
         for (int i = 0; i < R; ++i) {
 #pragma GCC unroll 4
             for (int j = 0; j < V; ++j) {
-                store(sums[i][j], p + ((n + i) * V + j) * W);
-                most[j] = max(most[j], sums[i][j]);
+                const f32v found = sums[i][j] * tile.scale + tile.bias[n + i];
+                store(found, p + ((n + i) * V + j) * W);
+                most[j] = max(most[j], found);
             }
         }
     }

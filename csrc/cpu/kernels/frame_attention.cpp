@@ -30,15 +30,18 @@ struct Block {
     }
 };
 
+// The highest of no scores. No constant: what sets one up would run at every level.
+f32v nothing() { return splat(-__builtin_inff()); }
+
 template <typename T>
 void begin_block(const Block& block, const FrameAttention& a, const T* q, int64_t queries) {
     for (int64_t g = 0; g < block.groups.count; ++g) {
         const int64_t first = block.groups.first(g) * W, lanes = block.groups.size(g) * W;
-        pack(q + first * a.q_by.n, a.q_by.n, a.q_by.d, queries - first, a.dim, a.scale, lanes,
-             block.staged, block.q + first * a.dim);
+        pack(q + first * a.q_by.n, a.q_by.n, a.q_by.d, queries - first, a.dim, lanes, block.staged,
+             block.q + first * a.dim);
     }
     for (int64_t i = 0; i < block.groups.vectors; ++i) {
-        block.highest[i] = splat(-__builtin_inff());
+        block.highest[i] = nothing();
         block.sums[i] = f32v{};
     }
     for (int64_t i = 0; i < block.groups.vectors * W * a.dim; i += W) {
@@ -53,7 +56,10 @@ void end_block(const Block& block, const FrameAttention& a, int64_t queries, T* 
         float* o = block.o + first * a.dim;
         f32v shares[VECTORS];
         for (int64_t j = 0; j < block.groups.size(g); ++j) {
-            shares[j] = 1.0f / block.sums[first / W + j];
+            const f32v top = block.highest[first / W + j];
+            // Softmax of nothing but -inf is NaN.
+            shares[j] =
+                top == nothing() ? nothing() - nothing() : 1.0f / block.sums[first / W + j];
         }
         multiply(o, lanes, a.dim, shares);
         const int64_t left = queries - first, row = a.heads * a.dim;
@@ -66,14 +72,19 @@ void end_block(const Block& block, const FrameAttention& a, int64_t queries, T* 
 
 template <int V>
 void attend_group(const Block& block, const Tile& tile, int dim, int64_t first) {
-    f32v before[V], sums[V], keep[V];
+    f32v before[V], top[V], sums[V], keep[V];
     for (int j = 0; j < V; ++j) {
         before[j] = block.highest[first + j];
     }
     score<V>(tile, block.q + first * W * dim, dim, block.p, block.highest + first);
-    exponentiate<V>(tile.size, block.p, block.highest + first, sums);
     for (int j = 0; j < V; ++j) {
-        keep[j] = exp_below(before[j] - block.highest[first + j]);
+        // Where every score so far is -inf, -inf less itself would be NaN for good.
+        const f32v highest = block.highest[first + j];
+        top[j] = highest == nothing() ? f32v{} : highest;
+    }
+    exponentiate<V>(tile.size, block.p, top, sums);
+    for (int j = 0; j < V; ++j) {
+        keep[j] = exp_below(before[j] - top[j]);
         block.sums[first + j] = block.sums[first + j] * keep[j] + sums[j];
     }
     weigh<V>(tile, block.p, dim, keep, block.o + first * W * dim);
@@ -105,6 +116,7 @@ void run(const FrameAttention& a, float* scratch, int64_t begin, int64_t end) {
     const int64_t blocks = a.blocks();
     const int dim = static_cast<int>(a.dim);
     Tile tile;
+    tile.scale = a.scale;
     for (int64_t task = begin; task < end; ++task) {
         const int64_t first = task % blocks * a.block, head = task / blocks % a.heads;
         const int64_t frame = task / blocks / a.heads % a.frames_q;

@@ -26,6 +26,7 @@ struct Text {
             return tile;
         }
         at = first;
+        tile.scale = a.scale;
         tile.size = static_cast<int>(a.length - first < TILE ? a.length - first : TILE);
         for (int n = 0; n < tile.size; ++n) {
             float* row = staged + 2 * n * a.dim;
@@ -100,7 +101,7 @@ void run(const A& a, float* scratch, int64_t begin, int64_t end) {
                 const int64_t start = groups.first(g) * W, lanes = groups.size(g) * W;
                 const int64_t some = queries - start < lanes ? queries - start : lanes;
                 // Weights are not yet there: their memory serves rows on their way into lanes.
-                pack(from + start * a.q_n, a.q_n, a.q_d, some, a.dim, a.scale, lanes, o, q);
+                pack(from + start * a.q_n, a.q_n, a.q_d, some, a.dim, lanes, o, q);
                 switch (groups.size(g)) {
                     case 4:
                         attend<VECTORS>(text, q, p, o, maps + start);

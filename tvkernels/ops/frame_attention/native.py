@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import os
 
+import torch
+
 from tvkernels import _native
 
 
 def why_not(q, k, v, row_ptr, segments, levels, h, w, scale, return_lse) -> list[str]:
     """Every reason against this call; empty if it runs."""
     reasons = _native.refuse("frame_attention", q, k, v)
+    if any(x.dtype != torch.int32 or x.device.type != "cpu" for x in (row_ptr, segments)):
+        reasons.append("needs the pattern's table in int32 on the CPU")
     # Its speed over that of cpu, one core of an EPYC 9004, float32, own frame at 16 x 16 x 1280
     # and fine-coarse at 8 x 8: 0.31 and 0.46 at level generic, 0.91 and 1.27 at avx2, 1.15 and
     # 1.45 at avx512. On CPUs other than x86 it is not measured.
-    free = not reasons and not os.environ.get("TVKERNELS_CPU_LEVEL")
-    if free and _native.load("cpu").level() == "generic":
+    asked = os.environ.get("TVKERNELS_CPU_LEVEL") == "generic"
+    if not reasons and not asked and _native.load("cpu").level() == "generic":
         reasons.append(
             "without AVX2 it is slower than cpu; TVKERNELS_CPU_LEVEL=generic runs it anyway"
         )
@@ -23,5 +27,5 @@ def why_not(q, k, v, row_ptr, segments, levels, h, w, scale, return_lse) -> list
 
 def forward(q, k, v, row_ptr, segments, levels, h, w, scale, return_lse):
     """Shapes as in `tvkernels.frame_attention`."""
-    ops = _native.load("cpu")
+    ops, row_ptr, segments = _native.load("cpu"), row_ptr.contiguous(), segments.contiguous()
     return ops.frame_attention(q, k, v, row_ptr, segments, levels, h, w, scale, return_lse)

@@ -100,6 +100,8 @@ def differentiate_keys(arguments, constants, level, slot, k, v, dk, dv) -> None:
     if level:
         numbers["factor"] = 1.0  # level 0 applies it to what it takes from here, too
     whole = arguments["tokens"] % config["BM"] == 0
+    # Of what is read here: pooled heads may lie closer than those they were pooled from.
+    constants = {**constants, "ALIGN": alignment(arguments["q"], k, v, arguments["grad"])}
     # Apart, the scores are computed twice, but half the sums fit in registers.
     for keys, values in ((True, False), (False, True)) if apart else ((True, True),):
         launch(

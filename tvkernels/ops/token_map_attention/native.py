@@ -15,8 +15,8 @@ def why_not(q, k, v, tokens, scale) -> list[str]:
     # Its speed over that of cpu, one core of an EPYC 9004, float32, [1, 8, 1024, 8, 80], 77 words:
     # 0.52 at level generic, 1.27 at avx2, 1.87 at avx512. On CPUs other than x86 it is not
     # measured.
-    free = not reasons and not os.environ.get("TVKERNELS_CPU_LEVEL")
-    if free and _native.load("cpu").level() == "generic":
+    asked = os.environ.get("TVKERNELS_CPU_LEVEL") == "generic"
+    if not reasons and not asked and _native.load("cpu").level() == "generic":
         reasons.append(
             "without AVX2 it is slower than cpu; TVKERNELS_CPU_LEVEL=generic runs it anyway"
         )
