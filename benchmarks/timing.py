@@ -138,9 +138,11 @@ def _sweep(candidate: Candidate, device: torch.device) -> _Sweep:
     torch.cuda.synchronize(device)
     note = "its calls cannot be captured"
     if candidate.capturable:
+        stream = torch.cuda.current_stream(device)
         try:
             return _Sweep(_graph(candidate.calls, device), "graph")
         except RuntimeError as error:
+            torch.cuda.set_stream(stream)  # a capture that fails at its end leaves its own behind
             torch.cuda.synchronize(device)
             note = f"not captured: {str(error).splitlines()[0]}"
     return _Sweep(lambda: _events(candidate.calls, device), "events", note)
