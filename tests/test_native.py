@@ -20,10 +20,10 @@ import tvkernels
 from tvkernels import BackendError, _native, info
 from tvkernels._dispatch import OPS
 from tvkernels.ops import specs
+from tvkernels.testing import cuda_kernels
 from tvkernels.testing.calls import build, registered_arguments
 
 ROOT = Path(__file__).parents[1]
-TORCH = Path(torch.__file__).parent
 built = pytest.mark.skipif(bool(_native.why_not("cpu")), reason="; ".join(_native.why_not("cpu")))
 compiler = pytest.mark.skipif(
     sys.platform != "linux" or shutil.which("g++") is None, reason="needs g++ on Linux"
@@ -45,25 +45,11 @@ def run(*command, **environment):
     return result.stdout
 
 
-def declared_by_torch_2_10():
-    """Every function of the stable ABI that its headers declare to a build for torch 2.10."""
-    code = "#include <torch/csrc/stable/ops.h>\n#include <torch/csrc/stable/library.h>\n"
-    flags = ["-std=c++17", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-DUSE_CUDA"]
-    result = subprocess.run(
-        ["g++", "-E", "-P", *flags, f"-I{TORCH / 'include'}", "-x", "c++", "-"],
-        input=code,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return set(re.findall(r"\b((?:aoti_)?torch_\w+)\s*\(", result.stdout))
-
-
 @built
 @compiler
 def test_one_binary_for_torch_2_10_and_newer():
     """All it takes from elsewhere is C, C++'s own library and the stable ABI's list of 2.10."""
-    allowed = declared_by_torch_2_10()
+    allowed = cuda_kernels.shims(cuda_kernels.torch_headers())
     assert "torch_parallel_for" in allowed and "torch_from_blob" not in allowed  # 2.10's; 2.11's
     for library in _native.FOLDER.glob("_C_*.so"):
         wanted = run("nm", "-DC", "--undefined-only", str(library)).splitlines()
