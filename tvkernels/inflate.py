@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +14,10 @@ from tvkernels.nn import (
     SpectralLinear,
     TemporalAttention,
 )
+from tvkernels.nn.time import TimeEmbedding, TimeProjection
 from tvkernels.patterns import FramePattern
-from tvkernels.processors.attention import TextAttnProcessor
-from tvkernels.processors.clip import Clip
+from tvkernels.processors.attention import TextAttnProcessor, project_context
+from tvkernels.processors.clip import Clip, Span
 from tvkernels.processors.install import (
     Handle,
     attention_layers,
@@ -40,6 +42,7 @@ class InflatedHandle(Handle):
         super().__init__(model, clip)
         self.recipe = recipe
         self._spectral: list[SpectralLinear] = []
+        self._time: list[TimeProjection] = []
 
     def tuned_parameters(self) -> dict[str, nn.Parameter]:
         """name -> parameter that tuning reaches; all others are frozen."""
@@ -65,6 +68,74 @@ class InflatedHandle(Handle):
                 f"({len(wrong)} in all)"
             )
         self.model.load_state_dict(state, strict=False)
+
+    @property
+    def text_width(self) -> int | None:
+        """P of `project_text`'s result; None where it could not be told from text states."""
+        spans = [getattr(processor, "span", None) for processor in self.processors.values()]
+        return next((span.total for span in spans if span is not None), None)
+
+    @property
+    def time_width(self) -> int | None:
+        """T of `project_time`'s result; None where the UNet has no such table."""
+        return self._time[0].span.total if self._time else None
+
+    @torch.no_grad()
+    def project_text(self, states: Tensor) -> Tensor:
+        """The keys and values of every cross-attention, for all steps and frames of an edit.
+
+        The UNet takes the result in place of the states, as `encoder_hidden_states`; it holds for
+        the weights of now.
+
+        Args:
+            states: [B, L, C] text states.
+        Returns:
+            [B, L, P]: each layer's keys, then its values, layer after layer.
+        Raises:
+            ValueError: the states are of another width than the UNet's text.
+        """
+        width = self.model.config.cross_attention_dim
+        if states.dim() != 3 or states.shape[-1] != width:
+            raise ValueError(f"text states are [B, L, {width}], got {tuple(states.shape)}")
+        layers = [
+            self._layers[name]
+            for name, processor in self.processors.items()
+            if isinstance(processor, TextAttnProcessor)
+        ]
+        own = _beside(layers[0].to_k, states)  # an offloaded UNet may be elsewhere
+        pairs = (project_context(layer, own, cross=True) for layer in layers)
+        return torch.cat([x.flatten(2) for pair in pairs for x in pair], -1).to(states.device)
+
+    @torch.no_grad()
+    def project_time(self, timesteps: Tensor) -> Tensor:
+        """What every ResNet adds for its timestep, for a whole schedule.
+
+        The UNet takes a row [1, T] of it as `timestep_cond` and then ignores the timestep.
+
+        Args:
+            timesteps: [S].
+        Returns:
+            [S, T], layer after layer.
+        Raises:
+            ValueError: the UNet embeds more than the timestep (LCM's guidance, an activation
+                after the embedding), which a table of timesteps cannot hold.
+        """
+        if not self._time:
+            raise ValueError("this UNet's time embedding has no table: call it with the timestep")
+        unet = self.model
+        own = _beside(self._time[0], timesteps)
+        embedded = unet.time_embedding._embedding[0](unet.time_proj(own).to(unet.dtype))
+        rows = torch.cat([projection(embedded) for projection in self._time], -1)
+        return rows.to(timesteps.device)
+
+    def settle(self) -> None:
+        """Works out now what sampling would work out from the weights at its first call.
+
+        A program taken from the UNet then reads spectral norms and does not compute them.
+        """
+        with torch.no_grad():
+            for module in self._spectral:
+                _ = module.sigma
 
     def keep(self, tensors: dict[str, Tensor]) -> None:
         """Has `remove` put back these values, given by state-dict name, as they are now."""
@@ -117,9 +188,10 @@ def inflate(
     check_replaceable(cross)
     handle = InflatedHandle(unet, clip, recipe)
     try:
-        for name, processor in {**chosen, **{n: TextAttnProcessor(clip) for n in cross}}.items():
+        for name, processor in {**chosen, **_text_processors(cross, clip)}.items():
             handle.set_processor(name, layers[name], processor)
         _snapshot(handle)
+        _share_time(handle)
         if recipe.clip_group_norm:
             _pool_group_norms(handle)
         if recipe.temporal is not None:
@@ -167,6 +239,52 @@ def _restore(module: nn.Module, key: str, required: bool, value: Tensor | None) 
             parameter.copy_(value)
 
 
+def _beside(layer: nn.Module, x: Tensor) -> Tensor:
+    """`x` where the layer's weight is; as it is for weights that hooks fetch when called."""
+    device = next(layer.parameters()).device
+    return x if device.type == "meta" else x.to(device)
+
+
+def spans(widths: list[int]) -> list[Span]:
+    """Parts of those widths, one after the other."""
+    ends = [0, *accumulate(widths)]
+    return [Span(a, b - a, ends[-1]) for a, b in pairwise(ends)]
+
+
+def _text_processors(cross: dict[str, nn.Module], clip: Clip) -> dict[str, TextAttnProcessor]:
+    parts = spans([2 * layer.inner_kv_dim for layer in cross.values()])
+    return {
+        name: TextAttnProcessor(clip, None if part.total == layer.cross_attention_dim else part)
+        for (name, layer), part in zip(cross.items(), parts, strict=True)
+    }
+
+
+def _share_time(handle: InflatedHandle) -> None:
+    """One row of time embedding where one timestep serves the call, and room for a table."""
+    unet = handle.model
+    if unet.config.time_cond_proj_dim is not None or unet.time_embed_act is not None:
+        return
+    resnets = [m for m in unet.modules() if type(m).__name__ == "ResnetBlock2D"]
+    if any(type(resnet.time_emb_proj) is not nn.Linear for resnet in resnets):
+        return  # LoRA and quantised layers are called as they are
+    parts = spans([resnet.time_emb_proj.out_features for resnet in resnets])
+    if parts and parts[0].total == resnets[0].time_emb_proj.in_features:
+        return  # a table could not be told from an embedding
+    _replace(handle, unet, "time_embedding", TimeEmbedding(unet.time_embedding, handle.clip))
+    for resnet, part in zip(resnets, parts, strict=True):
+        act = nn.Identity() if resnet.skip_time_act else resnet.nonlinearity
+        projection = TimeProjection(resnet.time_emb_proj, act, part)
+        _replace(handle, resnet, "time_emb_proj", projection)
+        handle._undo.append(partial(setattr, resnet, "skip_time_act", resnet.skip_time_act))
+        resnet.skip_time_act = True
+        handle._time.append(projection)
+
+
+def _replace(handle: InflatedHandle, parent: nn.Module, name: str, module: nn.Module) -> None:
+    handle._undo.append(partial(setattr, parent, name, getattr(parent, name)))
+    setattr(parent, name, module)
+
+
 def _pool_group_norms(handle: InflatedHandle) -> None:
     """The ResNets' norms and the last one; a transformer's own norm stays per frame."""
     for parent in list(handle.model.modules()):
@@ -174,8 +292,7 @@ def _pool_group_norms(handle: InflatedHandle) -> None:
         for name, norm in list(parent.named_children()):
             last = parent is handle.model and name == "conv_norm_out"
             if isinstance(norm, nn.GroupNorm) and (in_resnet or last):
-                setattr(parent, name, ClipGroupNorm(norm, handle.clip))
-                handle._undo.append(partial(setattr, parent, name, norm))
+                _replace(handle, parent, name, ClipGroupNorm(norm, handle.clip))
 
 
 def _add_temporal(

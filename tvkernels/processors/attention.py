@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch.nn.functional as F
 from torch import Tensor
 
 from tvkernels.ops.frame_attention.api import frame_attention
 from tvkernels.ops.temporal_attention.api import temporal_attention
-from tvkernels.patterns import FramePattern
-from tvkernels.processors.clip import Clip
+from tvkernels.patterns import FramePattern, FrameTable
+from tvkernels.processors.clip import Clip, Span
+
+Tables = Sequence[FrameTable] | None
+
+
+def project_context(attn, context: Tensor, cross: bool = False) -> tuple[Tensor, Tensor]:
+    """Keys and values [B, L, heads, head dim] of a layer for `context` [B, L, C'].
+
+    Args:
+        attn: the diffusers `Attention` layer.
+        context: text states, or a self-attention's own tokens.
+        cross: whether it is text, which some layers normalise first.
+    """
+    if cross and attn.norm_cross:
+        context = attn.norm_encoder_hidden_states(context)
+    k, v = (project(context).unflatten(-1, (attn.heads, -1)) for project in (attn.to_k, attn.to_v))
+    return (k if attn.norm_k is None else attn.norm_k(k)), v
 
 
 class AttnProcessor:
@@ -25,10 +43,14 @@ class AttnProcessor:
         self.clip, self.backend = clip or Clip(), backend
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, scale: float, num_frames: int | None
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, num_frames: int | None, tables: Tables
     ) -> Tensor:
         """[batch, tokens, heads, head dim] of queries, keys and values -> the queries' results."""
         raise NotImplementedError
+
+    def read_context(self, attn, context: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of cross-attention."""
+        return project_context(attn, context, cross=True)
 
     def __call__(
         self,
@@ -38,6 +60,7 @@ class AttnProcessor:
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
         num_frames: int | None = None,
+        tables: Tables = None,
     ) -> Tensor:
         """diffusers' processor contract.
 
@@ -48,6 +71,7 @@ class AttnProcessor:
             attention_mask: must be None; a mask cannot be honoured and is never dropped.
             temb: time embedding of layers with a spatial norm.
             num_frames: frames per clip where no handle tells.
+            tables: compiled patterns in place of the processors' own, see `Handle.tables`.
         Returns:
             A tensor of hidden_states' shape.
         """
@@ -64,14 +88,13 @@ class AttnProcessor:
             hidden_states = hidden_states.flatten(2).transpose(1, 2)
         if attn.group_norm is not None:
             hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
-        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        if encoder_hidden_states is not None and attn.norm_cross:
-            context = attn.norm_encoder_hidden_states(context)
-        q, k, v = attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)
-        q, k, v = (x.unflatten(-1, (attn.heads, -1)) for x in (q, k, v))
+        q = attn.to_q(hidden_states).unflatten(-1, (attn.heads, -1))
         q = q if attn.norm_q is None else attn.norm_q(q)
-        k = k if attn.norm_k is None else attn.norm_k(k)
-        out = self.attend(q, k, v, attn.scale, num_frames).flatten(2).to(q.dtype)
+        if encoder_hidden_states is None:
+            k, v = project_context(attn, hidden_states)
+        else:
+            k, v = self.read_context(attn, encoder_hidden_states)
+        out = self.attend(q, k, v, attn.scale, num_frames, tables).flatten(2).to(q.dtype)
         out = attn.to_out[1](attn.to_out[0](out))
         if picture is not None:
             out = out.transpose(1, 2).unflatten(2, picture[1:])
@@ -86,28 +109,50 @@ class FrameAttnProcessor(AttnProcessor):
     Args:
         pattern: which frames each frame reads; itself alone if None.
         clip, backend: as for `AttnProcessor`.
+        index: the pattern's place among the tables that a call brings.
     """
 
     def __init__(
-        self, pattern: FramePattern | None = None, clip: Clip | None = None, backend: str = "auto"
+        self,
+        pattern: FramePattern | None = None,
+        clip: Clip | None = None,
+        backend: str = "auto",
+        index: int = 0,
     ):
         super().__init__(clip, backend)
-        self.pattern = pattern or FramePattern.own()
+        self.pattern, self.index = pattern or FramePattern.own(), index
 
-    def attend(self, q, k, v, scale, num_frames):
+    def attend(self, q, k, v, scale, num_frames, tables):
         """One `frame_attention` over [B, F, N, H, D]."""
         if q.shape[1] != k.shape[1]:
             raise ValueError("FrameAttnProcessor serves self-attention layers only")
         q, k, v = (self.clip.split(x, num_frames) for x in (q, k, v))
         grid = self.clip.grid(q.shape[2])
-        out = frame_attention(q, k, v, self.pattern, grid=grid, scale=scale, backend=self.backend)
+        pattern = self.pattern if tables is None else tables[self.index]
+        out = frame_attention(q, k, v, pattern, grid=grid, scale=scale, backend=self.backend)
         return out.flatten(0, 1)
 
 
 class TextAttnProcessor(AttnProcessor):
-    """Cross-attention whose text is [B, L, C]: projected once for all frames of a clip."""
+    """Cross-attention whose text is [B, L, C]: projected once for all frames of a clip.
 
-    def attend(self, q, k, v, scale, num_frames):
+    Args:
+        clip: as for `AttnProcessor`.
+        span: where this layer's keys and values lie in text that `InflatedHandle.project_text`
+            has projected already, for all steps of an edit; None if there is no such text.
+    """
+
+    def __init__(self, clip: Clip | None = None, span: Span | None = None):
+        super().__init__(clip)
+        self.span = span
+
+    def read_context(self, attn, context):
+        """Keys and values from text states [B, L, C], or from projected text [B, L, total]."""
+        if self.span is None or context.shape[-1] != self.span.total:
+            return project_context(attn, context, cross=True)
+        return self.span.read(context).unflatten(-1, (2, attn.heads, -1)).unbind(-3)
+
+    def attend(self, q, k, v, scale, num_frames, tables):
         """All frames of a sample are queries of one call."""
         clips = q.shape[0] // self.clip.frames(q.shape[0], num_frames)
         if k.shape[0] not in (clips, q.shape[0]):
@@ -125,7 +170,7 @@ class TextAttnProcessor(AttnProcessor):
 class TemporalAttnProcessor(AttnProcessor):
     """Self-attention of motion modules: [B * h * w, F, C], one sequence of frames per position."""
 
-    def attend(self, q, k, v, scale, num_frames):
+    def attend(self, q, k, v, scale, num_frames, tables):
         """`temporal_attention` with each sequence a batch of one position."""
         q, k, v = (x.unsqueeze(2) for x in (q, k, v))
         return temporal_attention(q, k, v, scale=scale, backend=self.backend).squeeze(2)

@@ -19,11 +19,13 @@ class Clip:
         num_frames: frames per clip for every call; None takes the call's own word, else the batch.
         call_frames: frames per clip of the call under way.
         size: (h, w) of the call's latents, from which each layer's token grid follows.
+        one_time: whether all images of the call under way are at one timestep.
     """
 
     num_frames: int | None = None
     call_frames: int | None = None
     size: tuple[int, int] | None = None
+    one_time: bool = False
 
     def frames(self, batch: int, num_frames: int | None = None) -> int:
         """Frames per clip in a batch.
@@ -43,7 +45,8 @@ class Clip:
     def split(self, x: Tensor, num_frames: int | None = None) -> Tensor:
         """[B * F, ...] as [B, F, ...]."""
         frames = self.frames(x.shape[0], num_frames) if x.shape[0] else 1
-        return x.unflatten(0, (-1 if x.shape[0] else 0, frames))
+        # Written out, for in an exported graph -1 would make the frame count a symbol too.
+        return x.unflatten(0, (x.shape[0] // frames, frames))
 
     def grid(self, tokens: int) -> tuple[int, int] | None:
         """(h, w) of a layer with that many tokens: the latents' size halved, rounding up."""
@@ -51,3 +54,21 @@ class Clip:
         while h * w > tokens and h * w > 1:
             h, w = -(-h // 2), -(-w // 2)
         return (h, w) if h * w == tokens else None
+
+
+@dataclass(frozen=True)
+class Span:
+    """A layer's part of a row that holds what several layers need, one after the other.
+
+    Args:
+        start, width: the part.
+        total: width of the whole row, by which it is told from what is not projected yet.
+    """
+
+    start: int
+    width: int
+    total: int
+
+    def read(self, row: Tensor) -> Tensor:
+        """[..., total] -> [..., width], a view."""
+        return row.narrow(-1, self.start, self.width)

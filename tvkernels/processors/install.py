@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from tvkernels.patterns import FramePattern
+from tvkernels.patterns import FramePattern, FrameTable
 from tvkernels.processors.attention import (
     AttnProcessor,
     FrameAttnProcessor,
@@ -54,6 +55,18 @@ class Handle:
         """Names of the patched attention layers."""
         return list(self._layers)
 
+    def tables(
+        self, num_frames: int, device: torch.device | str | None = None
+    ) -> tuple[FrameTable, ...]:
+        """The model's patterns compiled for clips of `num_frames` frames.
+
+        What ``cross_attention_kwargs={"num_frames": F, "tables": ...}`` takes: to a compiled model
+        other tables, of other patterns or numbers of frames, are other tensors, not other code.
+        """
+        frame = [p for p in self.processors.values() if isinstance(p, FrameAttnProcessor)]
+        patterns = {p.index: p.pattern for p in frame}
+        return tuple(patterns[i].table(num_frames, device=device) for i in sorted(patterns))
+
     def set_processor(self, name: str, layer: nn.Module, processor: AttnProcessor) -> None:
         """Gives one attention layer our processor, to be taken back on removal."""
         self._undo.append(partial(layer.set_processor, layer.processor))
@@ -88,18 +101,22 @@ class Handle:
             first = self._parameters.index("cross_attention_kwargs")
             kwargs = {**dict(zip(self._parameters[first:], args[first:], strict=False)), **kwargs}
             args = args[:first]
-        named = kwargs.get("cross_attention_kwargs") or {}
+        named = dict(kwargs.get("cross_attention_kwargs") or {})
         frames = named.get("num_frames")
-        if "num_frames" in named:
-            # Layers left alone would warn of a keyword that they do not know.
-            rest = {key: value for key, value in named.items() if key != "num_frames"}
-            kwargs = {**kwargs, "cross_attention_kwargs": rest or None}
+        if named:
+            # Layers left alone would warn of keywords that they do not know.
+            named.pop("num_frames", None)
+            if named.get("tables") is None:
+                named.pop("tables", None)
+            kwargs = {**kwargs, "cross_attention_kwargs": named or None}
         sample = args[0] if args else kwargs["sample"]
         if sample.dim() == 5:  # [B, C, F, h, w]: UNet3DConditionModel and UNetMotionModel
             told = self.clip.num_frames if frames is None else frames
             frames = sample.shape[2]
             if told not in (None, frames):
                 raise ValueError(f"the sample holds {frames} frames, num_frames says {told}")
+        timestep = args[1] if len(args) > 1 else kwargs.get("timestep")
+        self.clip.one_time = not isinstance(timestep, Tensor) or timestep.numel() == 1
         self.clip.call_frames, self.clip.size = frames, (sample.shape[-2], sample.shape[-1])
         if sample.dim() == 4:
             self.clip.frames(sample.shape[0])
@@ -150,6 +167,7 @@ def choose_processors(
     refuse_patched(model)
     patterns = {"": pattern} if isinstance(pattern, FramePattern) else dict(pattern)
     layers = attention_layers(model)
+    distinct = list(dict.fromkeys(patterns.values()))
     chosen: dict[str, AttnProcessor] = {}
     for name, layer in layers.items():
         prefixes = [p for p in patterns if name.startswith(p)]
@@ -159,7 +177,8 @@ def choose_processors(
             # In motion modules attn1 and attn2 are both self-attention over frames.
             chosen[name] = TemporalAttnProcessor(clip, backend)
         elif name.endswith("attn1"):
-            chosen[name] = FrameAttnProcessor(patterns[max(prefixes, key=len)], clip, backend)
+            own = patterns[max(prefixes, key=len)]
+            chosen[name] = FrameAttnProcessor(own, clip, backend, distinct.index(own))
     if not any(isinstance(p, FrameAttnProcessor) for p in chosen.values()):
         raise ValueError(
             f"no self-attention layer of this {type(model).__name__} is named {[*patterns]}"

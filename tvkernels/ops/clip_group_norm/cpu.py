@@ -20,12 +20,12 @@ def forward(x, weight, bias, groups, eps, silu):
     """Shapes as in `tvkernels.clip_group_norm`."""
     if x.numel() == 0:
         return x.new_zeros(x.shape)
-    mean, rstd = _statistics(x, groups, eps)
+    # What export decomposes to may not write in place, and shall not repeat itself F times.
+    whole = torch._guards.detect_fake_mode() is not None
+    mean, rstd = (_whole_statistics if whole else _statistics)(x, groups, eps)
     scale = _channels(rstd, x) * weight.to(rstd)
     shift = bias.to(rstd) - _channels(mean, x) * scale
     scale, shift = scale[..., None, None], shift[..., None, None]
-    # What export decomposes to may not write in place.
-    whole = torch._guards.detect_fake_mode() is not None
     if whole or x.dtype == rstd.dtype:
         y = torch.addcmul(shift[:, None], x.to(rstd), scale[:, None])
         return (F.silu(y, inplace=not whole) if silu else y).to(x.dtype).contiguous()
@@ -51,9 +51,18 @@ def _statistics(x: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
     return mean, (variances.mean(0) + (means - mean).square().mean(0) + eps).rsqrt()
 
 
+def _whole_statistics(x: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
+    """The same over all frames at once."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    grouped = x.unflatten(2, (groups, -1)).to(wide)
+    variance, mean = torch.var_mean(grouped, (1, 3, 4, 5), correction=0)
+    return mean, (variance + eps).rsqrt()
+
+
 def _channels(statistic: Tensor, x: Tensor) -> Tensor:
     """[B, groups] to [B, C]."""
-    return statistic.repeat_interleave(x.shape[2] // statistic.shape[1], 1)
+    each = x.shape[2] // statistic.shape[1]
+    return statistic[..., None].expand(-1, -1, each).flatten(1)
 
 
 def backward(grads, x, weight, bias, groups, eps, silu):
