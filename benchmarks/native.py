@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 import tvkernels
-from tvkernels.benchmarks import machine, timing
+from tvkernels.benchmarks import limits, machine, timing
 
 RESULTS = Path(__file__).parent / "results" / "native.jsonl"
 BACKENDS = ("native", "cpu", "reference")
@@ -42,6 +44,17 @@ def _temporal_attention(side: int, channels: int) -> Iterator[tuple[str, Callabl
     apart = [x.contiguous() for x in fused.unbind(3)]
     for name, given in (("q, k, v apart", apart), ("slices of one", fused.unbind(3))):
         yield name, lambda b, x=given: tvkernels.temporal_attention(*x, backend=b)
+
+
+def _temporal_projected(side: int, channels: int) -> Iterator[tuple[str, Callable]]:
+    z, weights = torch.randn(1, FRAMES, side * side, channels), torch.randn(4, channels, channels)
+
+    def block(backend: str) -> torch.Tensor:
+        q, k, v = (F.linear(z, w).unflatten(-1, (HEADS, -1)) for w in weights[:3])
+        out = tvkernels.temporal_attention(q, k, v, backend=backend)
+        return F.linear(out.flatten(3), weights[3])
+
+    yield "with projections", block
 
 
 def _stam(side: int, channels: int) -> Iterator[tuple[str, Callable]]:
@@ -75,6 +88,7 @@ def _token_map_attention(side: int, channels: int) -> Iterator[tuple[str, Callab
 CALLS = {
     "frame_attention": _frame_attention,
     "temporal_attention": _temporal_attention,
+    "temporal_attention with projections": _temporal_projected,
     "shift_restricted_temporal_attention": _stam,
     "clip_group_norm": _clip_group_norm,
     "guided_ddim_step": _guided_ddim_step,
@@ -91,22 +105,28 @@ def main(ops: list[str]) -> int:
         return 2
     cpu = torch.device("cpu")
     facts = machine.facts(cpu) | {"date": machine.today()}
+    rates = asdict(limits.measure_rates(cpu, torch.float32))
     for op in ops or CALLS:
         for side, channels in LEVELS:
             for variant, call in CALLS[op](side, channels):
                 candidates = [timing.Candidate(b, [lambda b=b, c=call: c(b)]) for b in BACKENDS]
                 for candidate in candidates:
                     candidate.calls[0]()
+                held = {c.name: timing.peak_bytes(c.calls[0], cpu) for c in candidates}
                 times = timing.interleave(candidates, cpu, seconds=1.0)
                 medians = {b: t.median_s for b, t in zip(BACKENDS, times, strict=True)}
                 row = {"op": op, "variant": variant, "side": side, "channels": channels, **facts}
                 with open(RESULTS, "a") as file:
-                    file.write(json.dumps(row | {f"{b}_s": s for b, s in medians.items()}) + "\n")
+                    row |= {f"{b}_s": s for b, s in medians.items()}
+                    row |= {f"{b}_bytes": held[b] for b in BACKENDS}
+                    file.write(json.dumps(row | rates) + "\n")
                 ratios = ", ".join(
                     f"{medians[b] / medians['native']:.2f} x {b}" for b in BACKENDS[1:]
                 )
                 print(f"{op} {side}x{side}/{channels} {variant}: "
-                      f"{medians['native'] * 1e3:.2f} ms, {ratios}", flush=True)  # fmt: skip
+                      f"{medians['native'] * 1e3:.2f} ms, {ratios}, "
+                      f"{held['native'] / 2**20:.0f} of {held['reference'] / 2**20:.0f} MiB",
+                      flush=True)  # fmt: skip
     return 0
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 import tvkernels
 from tvkernels import guided_ddim_step, inflate
+from tvkernels.inflate import is_tuned
 from tvkernels.pipelines.cache import Cache, content_key
 from tvkernels.pipelines.checks import check_unet
 from tvkernels.pipelines.common import (
@@ -29,6 +30,7 @@ from tvkernels.pipelines.common import (
     frames_to_tensor,
 )
 from tvkernels.recipes import Recipe
+from tvkernels.runtime import accelerate
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ class OneShotPipeline(DiffusionPipeline):
         self._shape: torch.Size | None = None
         self._tuned_key: str | None = None
         self.handle = None
+        self._runtime: tuple[str, dict] = ("eager", {})
         self._inflate(torch.Generator().manual_seed(0))
 
     @property
@@ -106,6 +109,31 @@ class OneShotPipeline(DiffusionPipeline):
             self.handle.remove()
         recipe = self.settings.recipe
         self.handle = inflate(self.unet, recipe, backend=self.backend, generator=generator)
+        self._start_runtime()
+
+    def _start_runtime(self) -> None:
+        backend, options = self._runtime
+        self.runner = accelerate(self.unet, backend, **options)
+
+    def accelerate(self, runtime: str = "eager", **options) -> OneShotPipeline:
+        """Inverts and samples under another runtime from now on; tuning stays eager.
+
+        Args:
+            runtime: one of `tvkernels.runtime.BACKENDS`.
+            options: that runtime's own.
+        Returns:
+            The pipeline.
+        Raises:
+            ValueError: unknown runtime or option.
+            BackendError: it cannot run here; the text lists every reason.
+        """
+        before, self._runtime = self._runtime, (runtime, options)
+        try:
+            self._start_runtime()
+        except Exception:
+            self._runtime = before
+            raise
+        return self
 
     def _encode_video(self, video, chunk: int) -> Tensor:
         pixels = frames_to_tensor(video, self.multiple)
@@ -165,6 +193,7 @@ class OneShotPipeline(DiffusionPipeline):
                 cache.save(key, self.handle.tuned_state())
         else:
             self.handle.load_tuned_state(state)
+        self.runner.weights_changed()
         return self
 
     def _content_key(self, latents, prompt, steps, rate, generator) -> str:
@@ -180,6 +209,8 @@ class OneShotPipeline(DiffusionPipeline):
     def _tune(self, latents: Tensor, prompt: str, steps: int, rate: float, generator) -> None:
         device, frames = latents.device, latents.shape[0]
         text = self._encode_prompts([prompt])
+        if not any(is_tuned(f"attn2.to_{kind}", self.settings.recipe) for kind in "kv"):
+            text = self.runner.text(text)
         parameters = list(self.handle.tuned_parameters().values())
         optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=self.settings.weight_decay)
         self.unet.train()
@@ -227,11 +258,12 @@ class OneShotPipeline(DiffusionPipeline):
             if kept is not None:
                 self.inverted = kept["latents"].to(latents)
                 return self.inverted
-        text = self._encode_prompts([self.settings.inversion_prompt])
+        text = self.runner.text(self._encode_prompts([self.settings.inversion_prompt]))
         timesteps, rows = ddim_table(self.inverse_scheduler, steps, 1.0, latents.device)
+        times = self.runner.times(timesteps)
         with self.progress_bar(total=steps) as bar:
-            for t, row in zip(timesteps, rows, strict=True):
-                noise = self._unet(latents, t, text, latents.shape[0])
+            for time, row in zip(times, rows, strict=True):
+                noise = self.runner(latents, time, text, return_dict=False)[0]
                 latents = guided_ddim_step(latents, noise, row)
                 bar.update()
         if key is not None:
@@ -300,12 +332,15 @@ class OneShotPipeline(DiffusionPipeline):
         prompt_embeds = self._encode_prompts(prompts)
         latents = latents.to(self._execution_device, prompt_embeds.dtype)
         timesteps, rows = ddim_table(self.scheduler, steps, guidance, latents.device)
+        times, text, projected = self.runner.times(timesteps), None, None
         with self.progress_bar(total=steps) as bar:
             for i, t in enumerate(timesteps):
                 if self.interrupt:
                     continue
+                if projected is not prompt_embeds:  # the first time, and where a callback gave new
+                    text, projected = self.runner.text(prompt_embeds), prompt_embeds
                 batch = torch.cat([latents, latents]) if guided else latents
-                noise = self._unet(batch, t, prompt_embeds, latents.shape[0])
+                noise = self.runner(batch, times[i], text, return_dict=False)[0]
                 latents = guided_ddim_step(latents, noise, rows[i])
                 if callback_on_step_end is not None:
                     tensors = {"latents": latents, "prompt_embeds": prompt_embeds}

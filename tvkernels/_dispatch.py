@@ -9,9 +9,10 @@ without the closing backend name.
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import importlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 
 import torch
@@ -25,8 +26,22 @@ BACKENDS = ("triton", "cuda", "native", "cpu", "reference")
 ON_DEVICE = ("cuda", "triton")
 # Kernels of our own: autograd does not see inside, so where one brings no backward, cpu's serves.
 OPAQUE = (*ON_DEVICE, "native")
+_AUTO = contextvars.ContextVar("backends that auto tries", default=BACKENDS)
 LIBRARY = torch.library.Library("tvkernels", "DEF")
 OPS: dict[str, Op] = {}
+
+
+@contextlib.contextmanager
+def auto_takes(*names: str) -> Iterator[None]:
+    """Inside, "auto" tries these backends alone, in this order: for tests and comparisons."""
+    unknown = set(names) - set(BACKENDS)
+    if unknown or not names:
+        raise ValueError(f"unknown backends {sorted(unknown)}: use {', '.join(BACKENDS)}")
+    token = _AUTO.set(names)
+    try:
+        yield
+    finally:
+        _AUTO.reset(token)
 
 
 class BackendError(RuntimeError):
@@ -119,7 +134,7 @@ class Op:
         Raises:
             BackendError: the named backend cannot run it, or with "auto" none can.
         """
-        names = BACKENDS if backend == "auto" else (backend,)
+        names = _AUTO.get() if backend == "auto" else (backend,)
         reasons = {}
         on_cpu = backend == "auto" and _device_type(args) == "cpu"
         for name in names:
@@ -129,7 +144,7 @@ class Op:
                 continue
             reasons[name] = self.why_not(name, *args)
             if not reasons[name]:
-                if backend == "auto" and name == "reference":
+                if backend == "auto" and name == "reference" and len(names) > 1:
                     _say_once(self.name, tuple(f"{n}: {', '.join(r)}" for n, r in reasons.items()))
                 return self.backend(name)
         lines = [f"  {name}: {reason}" for name, why in reasons.items() for reason in why]

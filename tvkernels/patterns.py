@@ -254,7 +254,7 @@ def _mark_sizes(table: FrameTable) -> None:
     for tensor, dims in zip(table, ([0], [0], [1, 2]), strict=True):
         for dim in dims:
             if tensor.shape[dim] > 1:  # 0 and 1 are constants to the compiler
-                torch._dynamo.mark_dynamic(tensor, dim)
+                torch._dynamo.maybe_mark_dynamic(tensor, dim)
 
 
 _cached_table = lru_cache(maxsize=256)(_build_table)

@@ -155,7 +155,7 @@ class TextAttnProcessor(AttnProcessor):
     def attend(self, q, k, v, scale, num_frames, tables):
         """All frames of a sample are queries of one call."""
         clips = q.shape[0] // self.clip.frames(q.shape[0], num_frames)
-        if k.shape[0] not in (clips, q.shape[0]):
+        if k.shape[0] != clips and k.shape[0] != q.shape[0]:  # "in" would not take symbols
             raise ValueError(
                 f"{k.shape[0]} texts for {q.shape[0]} images in {clips} clips: "
                 "text is [B, L, C] for images [B * F, ...]"

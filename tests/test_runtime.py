@@ -1,0 +1,148 @@
+"""One call for every runtime: parity with eager, one graph, one line for errors."""
+
+import copy
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+
+from tiny_unets import clip_inputs, one_level_unet, seeded, tiny_unet
+
+from tvkernels import BackendError, FramePattern, inflate, recipes
+from tvkernels._dispatch import auto_takes
+from tvkernels.runtime import BACKENDS, accelerate, why_not
+from tvkernels.testing.budget import assert_error_budget
+
+RECIPES = recipes.RECIPES
+every_recipe = pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+
+
+def graphs():
+    """How many graphs were compiled, and what broke them."""
+    counters = torch._dynamo.utils.counters
+    return counters["stats"]["unique_graphs"], dict(counters["graph_break"])
+
+
+def check(runner, arguments, **more):
+    """A runner against every op's reference, in its dtype and in float64."""
+    found = runner(*arguments, **more).sample
+    with auto_takes("reference"):
+        plain = copy.deepcopy(runner.handle.model)
+        low = accelerate(plain)(*arguments, **more).sample
+        wide = (x.double() if x.is_floating_point() else x for x in arguments)
+        exact = accelerate(plain.double())(*wide, **more).sample
+    assert_error_budget(found, low, exact)
+
+
+@every_recipe
+def test_eager_is_the_unet_within_budget(recipe):
+    unet = tiny_unet()
+    with inflate(unet, recipe, generator=seeded()):
+        runner = accelerate(unet)
+        for clips, frames in ((2, 3), (1, 4)):
+            sample, t, text = clip_inputs(clips, frames)
+            check(runner, (sample, t, text))
+            row = runner.times(t.reshape(1))[0]
+            check(runner, (sample, row, runner.text(text)))
+
+
+def test_diffusers_form():
+    unet = tiny_unet()
+    sample, t, text = clip_inputs(2, 3)
+    with inflate(unet, recipes.EI2, generator=seeded()):
+        runner = accelerate(unet)
+        kwargs = {"cross_attention_kwargs": {"num_frames": 3}}
+        named = runner(sample, 301, encoder_hidden_states=text, return_dict=False, **kwargs)
+        assert isinstance(named, tuple)
+        assert torch.equal(named[0], runner(sample, t, text).sample)
+        assert runner.config is unet.config and runner.dtype == torch.float32
+        other = runner.handle.tables(3)
+        assert torch.equal(named[0], runner(sample, t, text, tables=other).sample)
+
+
+@every_recipe
+def test_compiled_once_for_steps_prompts_patterns_and_frame_counts(recipe):
+    """From 16 images on: below, PyTorch's convolutions for CPUs are others, with a graph of their
+    own. What the compiler makes of the graph is another test's."""
+    unet = one_level_unet()
+    with inflate(unet, recipe, generator=seeded()):
+        eager = accelerate(unet)
+        runner = accelerate(unet, "compile", compiler="aot_eager")
+        times = eager.times(torch.tensor([901, 501, 1]))
+
+        def same(frames, step, seed, pattern=None):
+            sample, _, text = clip_inputs(2, frames, seed=seed)
+            tables = None if pattern is None else (pattern.table(frames),)
+            call = (sample, times[step], eager.text(text))
+            torch.testing.assert_close(
+                runner(*call, tables=tables).sample, eager(*call, tables=tables).sample
+            )
+
+        same(8, 0, 0)
+        assert graphs() == (1, {})
+        for step in (1, 2):
+            same(8, step, step)
+        for frames in (9, 12, 16):
+            same(frames, 0, frames)
+        for pattern in (
+            FramePattern.all(), FramePattern.previous_own(), FramePattern.fine_coarse(2),
+            FramePattern.rows([[f, (f + 3) % 8] for f in range(8)]),
+        ):  # fmt: skip
+            same(8, 0, 0, pattern)
+        assert graphs() == (1, {})
+
+
+@pytest.mark.parametrize("regional", (False, True), ids=("whole", "regional"))
+def test_compiled_code_is_within_budget(regional):
+    unet = one_level_unet()
+    with inflate(unet, recipes.EI2, generator=seeded()):
+        runner = accelerate(unet, "compile", regional=regional)
+        sample, t, text = clip_inputs(1, 4)
+        check(runner, (sample, runner.times(t.reshape(1))[0], runner.text(text)))
+        assert graphs()[1] == {}
+
+
+def test_trained_weights_count_at_once():
+    """What reads the UNet's own weights needs no word of a change."""
+    unet = one_level_unet()
+    call = clip_inputs(1, 4)
+    with inflate(unet, recipes.EI2, generator=seeded()) as handle:
+        runner = accelerate(unet, "compile", compiler="aot_eager")
+        before = runner(*call).sample
+        with torch.no_grad():
+            for parameter in handle.tuned_parameters().values():
+                parameter.mul_(1.5)
+        runner.weights_changed()
+        after = runner(*call).sample
+        assert not torch.equal(before, after)
+        torch.testing.assert_close(after, accelerate(unet)(*call).sample)
+    assert graphs() == (1, {})
+
+
+def test_what_cannot_run_says_why():
+    unet = tiny_unet()
+    with pytest.raises(ValueError, match="not inflated"):
+        accelerate(unet)
+    with inflate(unet, recipes.EI2):
+        with pytest.raises(ValueError, match="unknown runtime 'tpu': use one of eager, compile"):
+            accelerate(unet, "tpu")
+        with pytest.raises(ValueError, match="the runtime compile has no option 'speed'"):
+            accelerate(unet, "compile", speed=9)
+        if not torch.cuda.is_available():
+            with pytest.raises(BackendError, match="the UNet is on the cpu, a graph needs CUDA"):
+                accelerate(unet, "cuda_graph")
+        for backend in BACKENDS:
+            assert all(isinstance(reason, str) for reason in why_not(unet, backend))
+        sample, t, text = clip_inputs(2, 3)
+        runner = accelerate(unet)
+        with pytest.raises(ValueError, match="6 images are not 2 clips of 4 frames"):
+            runner(sample, t, text, cross_attention_kwargs={"num_frames": 4})
+        with pytest.raises(ValueError, match=r"cannot honour cross_attention_kwargs \['scale'\]"):
+            runner(sample, t, text, cross_attention_kwargs={"scale": 1.0})

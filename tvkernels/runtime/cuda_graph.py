@@ -1,0 +1,87 @@
+"""CUDA graphs: one launch a step, captured once for each shape. Not run on a device yet."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tvkernels.inflate import InflatedHandle
+from tvkernels.runtime.program import Shape, VideoStep
+
+OPTIONS = ("compiled",)
+LIVE = True
+WARM_UPS = 3  # what torch's own capture of callables does: lazy set-up is over by then
+
+
+def serves(shape: Shape) -> object:
+    """Every shape: graphs are kept by shape."""
+    return None
+
+
+def why_not(handle: InflatedHandle) -> list[str]:
+    """A graph is captured on a CUDA device."""
+    device = handle.model.device.type
+    return [] if device == "cuda" else [f"the UNet is on the {device}, a graph needs CUDA"]
+
+
+def prepare(handle: InflatedHandle, shape: Shape, compiled: bool = False) -> Graphs:
+    """A step that is captured at its first call.
+
+    Args:
+        compiled: captures what torch.compile makes of the UNet, in place of the UNet itself.
+    """
+    if not compiled:
+        return Graphs(handle, VideoStep(handle.model))
+    from tvkernels.runtime.compile import prepare as prepare_compiled
+
+    return Graphs(handle, prepare_compiled(handle, shape, regional=False))
+
+
+class Graphs:
+    """One graph for each set of input shapes; inputs are copied in, the result is copied out.
+
+    The result is a copy, since the next replay writes where this one did.
+
+    Args:
+        handle: of the inflated UNet.
+        step: what is captured: as `VideoStep.forward`.
+    """
+
+    def __init__(self, handle: InflatedHandle, step):
+        self.handle, self.step = handle, step
+        self._captured: dict[tuple, tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]] = {}
+        self._pool = None
+
+    def __call__(self, sample: Tensor, timestep: Tensor, text: Tensor, tables=None) -> Tensor:
+        """As `VideoStep.forward`, samples being [B, F, 4, h, w]."""
+        if tables is None:
+            tables = self.handle.tables(sample.shape[1], sample.device)
+        inputs = [sample, timestep, text, *(x for table in tables for x in table)]
+        key = tuple((x.shape, x.dtype) for x in inputs)
+        if key not in self._captured:
+            self._captured[key] = self._capture(inputs, tables)
+        graph, held, noise = self._captured[key]
+        for to, given in zip(held, inputs, strict=True):
+            to.copy_(given, non_blocking=True)
+        graph.replay()
+        return noise.clone()
+
+    def _capture(self, inputs, tables):
+        held = [x.clone() for x in inputs]
+        rest = iter(held[3:])
+        own = tuple(type(table)(*(next(rest) for _ in table)) for table in tables)
+
+        def step():
+            return self.step(*held[:3], own)
+
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UPS):
+                step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            noise = step()
+        self._pool = graph.pool()
+        return graph, held, noise

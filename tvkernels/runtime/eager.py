@@ -1,0 +1,24 @@
+"""No preparation: PyTorch calls layer after layer, our ops inside."""
+
+from __future__ import annotations
+
+from tvkernels.inflate import InflatedHandle
+from tvkernels.runtime.program import Shape, VideoStep
+
+OPTIONS = ()
+LIVE = True
+
+
+def serves(shape: Shape) -> object:
+    """Every shape."""
+    return None
+
+
+def why_not(handle: InflatedHandle) -> list[str]:
+    """Runs wherever the UNet does."""
+    return []
+
+
+def prepare(handle: InflatedHandle, shape: Shape) -> VideoStep:
+    """The UNet itself."""
+    return VideoStep(handle.model)
