@@ -38,6 +38,7 @@ def run(*arguments):
 def test_every_op_and_backend_is_listed():
     data = info.report()
     assert list(data["ops"]) == list(NAMES)
+    assert data["runtimes"]["eager"] == [] and len(data["runtimes"]) == 6
     for name, op in data["ops"].items():
         assert list(op["backends"]) == list(BACKENDS)
         assert op["backends"]["cpu"] == []

@@ -139,10 +139,37 @@ def test_what_cannot_run_says_why():
             with pytest.raises(BackendError, match="the UNet is on the cpu, a graph needs CUDA"):
                 accelerate(unet, "cuda_graph")
         for backend in BACKENDS:
-            assert all(isinstance(reason, str) for reason in why_not(unet, backend))
+            assert all(isinstance(reason, str) for reason in why_not(backend))
         sample, t, text = clip_inputs(2, 3)
         runner = accelerate(unet)
         with pytest.raises(ValueError, match="6 images are not 2 clips of 4 frames"):
             runner(sample, t, text, cross_attention_kwargs={"num_frames": 4})
         with pytest.raises(ValueError, match=r"cannot honour cross_attention_kwargs \['scale'\]"):
             runner(sample, t, text, cross_attention_kwargs={"scale": 1.0})
+
+
+@pytest.mark.slow
+@every_recipe
+def test_a_package_is_code_alone_and_takes_the_weights_of_now(recipe, tmp_path):
+    unet = one_level_unet()
+    sample, t, text = clip_inputs(1, 4)
+    with inflate(unet, recipe, generator=seeded()) as handle:
+        runner = accelerate(unet, "aoti", folder=tmp_path)
+
+        def call():
+            return sample, runner.times(t.reshape(1))[0], runner.text(text)
+
+        check(runner, call())
+        (package,) = tmp_path.iterdir()
+        made = package.stat()
+        before = runner(*call()).sample
+        with torch.no_grad():
+            for parameter in handle.tuned_parameters().values():
+                parameter.mul_(1.5)
+        runner.weights_changed()
+        check(runner, call())
+        assert torch.equal(runner(*call()).sample, before) == (not recipe.tuned)
+        assert package.stat() == made and list(tmp_path.iterdir()) == [package]
+        package.write_bytes(package.read_bytes()[:1000])
+        with pytest.raises(ValueError, match="cannot be loaded .*: delete it"):
+            accelerate(unet, "aoti", folder=tmp_path)(*call())

@@ -15,6 +15,8 @@ import tvkernels
 from tvkernels import _native
 from tvkernels._dispatch import BACKENDS, OPS
 from tvkernels.ops import NAMES
+from tvkernels.runtime import BACKENDS as RUNTIMES
+from tvkernels.runtime import why_not
 from tvkernels.testing.calls import build, registered_arguments
 
 PACKAGES = ("triton", "diffusers", "transformers", "accelerate", "av", "xformers", "flash-attn")
@@ -27,7 +29,8 @@ def report() -> dict:
     Returns:
         ``versions`` (name -> version or "not installed"), ``devices`` (one text each), ``sample``
         (device and dtype of the sample calls), ``ops`` (op -> ``case``, the named case sampled,
-        and ``backends``: backend -> list of reasons, empty where it runs); all of it fits JSON.
+        and ``backends``: backend -> list of reasons, empty where it runs), ``runtimes`` (runtime
+        -> list of reasons); all of it fits JSON.
         A backend is asked, not tried: no kernel runs.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -37,6 +40,7 @@ def report() -> dict:
         "devices": _devices(),
         "sample": {"device": device, "dtype": str(dtype).removeprefix("torch.")},
         "ops": {name: _op(name, device, dtype) for name in NAMES},
+        "runtimes": {name: _runtime(name, device) for name in RUNTIMES},
     }
 
 
@@ -111,6 +115,13 @@ def _op(name: str, device: str, dtype: torch.dtype) -> dict:
     return {"case": case, "backends": reasons}
 
 
+def _runtime(name: str, device: str) -> list[str]:
+    try:
+        return why_not(name, device)
+    except Exception as error:  # as for ops
+        return [f"asking failed: {type(error).__name__}: {error}"]
+
+
 def text(data: dict) -> str:
     """The report as plain lines."""
     width = max(map(len, data["versions"]))
@@ -123,6 +134,10 @@ def text(data: dict) -> str:
         lines.append(f"{name} ({op['case']})")
         for backend, reasons in op["backends"].items():
             lines.append(f"  {backend:<{width}}  {'; '.join(reasons) or 'runs'}")
+    lines += ["", f"runtimes for a UNet on {sample['device']}:"]
+    width = max(map(len, data["runtimes"]))
+    for name, reasons in data["runtimes"].items():
+        lines.append(f"  {name:<{width}}  {'; '.join(reasons) or 'runs'}")
     return "\n".join(lines)
 
 

@@ -35,9 +35,9 @@ def serves(shape: Shape) -> object:
     return shape
 
 
-def why_not(handle: InflatedHandle) -> list[str]:
+def why_not(device: str) -> list[str]:
     """What Inductor needs, compiled beforehand or not."""
-    return why_not_inductor(handle)
+    return why_not_inductor(device)
 
 
 def prepare(handle: InflatedHandle, shape: Shape, folder: str | Path | None = None):

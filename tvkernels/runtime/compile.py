@@ -18,11 +18,11 @@ def serves(shape: Shape) -> object:
     return None
 
 
-def why_not(handle: InflatedHandle) -> list[str]:
+def why_not(device: str) -> list[str]:
     """What Inductor needs."""
     from torch._inductor.cpp_builder import get_cpp_compiler
 
-    if handle.model.device.type == "cpu":
+    if device == "cpu":
         try:
             get_cpp_compiler()
         except Exception as error:

@@ -18,9 +18,8 @@ def serves(shape: Shape) -> object:
     return None
 
 
-def why_not(handle: InflatedHandle) -> list[str]:
+def why_not(device: str) -> list[str]:
     """A graph is captured on a CUDA device."""
-    device = handle.model.device.type
     return [] if device == "cuda" else [f"the UNet is on the {device}, a graph needs CUDA"]
 
 

@@ -14,7 +14,7 @@ def serves(shape: Shape) -> object:
     return None
 
 
-def why_not(handle: InflatedHandle) -> list[str]:
+def why_not(device: str) -> list[str]:
     """Runs wherever the UNet does."""
     return []
 

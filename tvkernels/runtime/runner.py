@@ -34,28 +34,27 @@ def accelerate(unet: nn.Module, backend: str = "eager", **options) -> Runner:
         ValueError: unknown backend or options, or a UNet that is not inflated.
         BackendError: the backend cannot run here; the text lists every reason.
     """
-    unet = getattr(unet, "_orig_mod", unet)
-    reasons = why_not(unet, backend)
-    if reasons:
-        raise BackendError("\n".join([f"the runtime {backend} cannot run here", *reasons]))
-    return Runner(unet._tvkernels_handle, backend, options)
-
-
-def why_not(unet: nn.Module, backend: str) -> list[str]:
-    """Every reason against a backend for this UNet on this machine; empty if it runs.
-
-    Raises:
-        ValueError: unknown backend, or a UNet that is not inflated.
-    """
-    if backend not in BACKENDS:
-        raise ValueError(f"unknown runtime {backend!r}: use one of {', '.join(BACKENDS)}")
-    handle = getattr(unet, "_tvkernels_handle", None)
+    handle = getattr(getattr(unet, "_orig_mod", unet), "_tvkernels_handle", None)
     if not isinstance(handle, InflatedHandle):
         raise ValueError(
             f"this {type(unet).__name__} is not inflated: call tvkernels.inflate(unet, recipe) "
             "first, with recipes.FRAME_BY_FRAME for the plain 2-D UNet"
         )
-    return _module(backend).why_not(handle)
+    reasons = why_not(backend, handle.model.device.type)
+    if reasons:
+        raise BackendError("\n".join([f"the runtime {backend} cannot run here", *reasons]))
+    return Runner(handle, backend, options)
+
+
+def why_not(backend: str, device: str = "cpu") -> list[str]:
+    """Every reason against a backend for a UNet on that kind of device; empty if it runs.
+
+    Raises:
+        ValueError: unknown backend.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown runtime {backend!r}: use one of {', '.join(BACKENDS)}")
+    return _module(backend).why_not(device)
 
 
 def _module(backend: str):
