@@ -20,5 +20,6 @@
 TVK_OP(clip_group_norm, TVK_DEVICE, "(Tensor x, Tensor weight, Tensor bias, int groups, float eps, bool silu) -> Tensor")
 TVK_OP(guided_ddim_step, TVK_DEVICE, "(Tensor sample, Tensor noise, Tensor step, Tensor? mask, Tensor? background) -> Tensor")
 TVK_OP(has_code, CompositeExplicitAutograd, "(int device) -> bool")
+TVK_OP(shift_restricted_temporal_attention, TVK_DEVICE, "(Tensor z, Tensor w_q, Tensor w_k, Tensor w_v, Tensor w_out, Tensor? bias, Tensor sigma_v, Tensor sigma_out, int heads) -> Tensor")
 TVK_OP(temporal_attention, TVK_DEVICE, "(Tensor q, Tensor k, Tensor v, float scale) -> Tensor")
 // clang-format on

@@ -28,6 +28,9 @@ def test_every_kernel_is_green():
     built = {name for name, op in OPS.items() if "cuda" in op.backends}
     assert {row["op"] for row in rows} == built | {"has_code"}
     assert "attend_kernel<__half, 1, 40>" in {row["kernel"] for row in rows}
+    blocks = [row for row in rows if row["kernel"].startswith("project_attend_kernel<__half, 1,")]
+    largest = {arch: max(r["shared_bytes"] for r in blocks if r["arch"] == arch) for arch in ARCHS}
+    assert largest == {"sm_80": 145408, "sm_90": 214016}
     if importlib.util.find_spec("triton"):  # which brings cuobjdump
         assert all("hmma" in row for row in rows)
 
@@ -85,6 +88,24 @@ def test_the_compilers_words_are_read():
     }  # fmt: skip
     assert (second["symbol"], second["arch"], second["registers"]) == ("_Z5emptyv", "sm_100", 4)
     assert second["shared_bytes"] == second["spill_bytes"] == 0
+
+
+def test_dynamic_shared_memory_is_read_in_names():
+    said = SAID.replace("Li40EEvv", "LN3tvk7DynamicILi2048EEEEvv")
+    first, second = cuda_kernels.read_log(said)
+    assert (first["shared_bytes"], second["shared_bytes"]) == (45056 + 2048, 0)
+
+
+def test_kernels_too_large_for_a_device_are_left_out_where_a_smaller_one_serves():
+    def row(symbol, arch, shared):
+        return {"symbol": symbol, "arch": arch, "shared_bytes": shared}
+
+    small, large = (f"_Z6kernelI6__halfN3tvk7DynamicILi{n}EEEvv" for n in (90000, 200000))
+    rows = [
+        row(small, "sm_86", 90000), row(large, "sm_86", 200000), row(large, "sm_80", 200000),
+        row(small, "sm_90", 90000), row(large, "sm_90", 200000), row("_Zk", "sm_86", 200000),
+    ]  # fmt: skip
+    assert cuda_kernels.launched(rows) == [rows[i] for i in (0, 2, 3, 4, 5)]
 
 
 GREEN = {
@@ -164,6 +185,18 @@ def test_reasons_of_calls():
     assert refusal("temporal_attention", x, x, x, None) == [HOST]
     assert "33 frames are more than 32" in refusal("temporal_attention", long, long, long, None)
     assert "a head dim of 161 is more than 160" in refusal("temporal_attention", *[deep] * 3, None)
+    z, w = meta(1, 33, 2, 396, dtype=torch.float16), meta(396, 396, dtype=torch.float16)
+    found = refusal("shift_restricted_temporal_attention", z, w, w, w, w, None, None, None, 9)
+    for text in (
+        "33 frames are more than 32",
+        "9 heads are more than 8",
+        "a head dim of 44 is more than 40",
+        "396 channels are no multiple of 8",
+    ):
+        assert text in found
+    z, w = meta(1, 2, 2, 8), meta(8, 8)
+    found = refusal("shift_restricted_temporal_attention", z, w, w, w, w, None, None, None, 1)
+    assert "no kernel for torch.float32: float16 or bfloat16" in found
     wide = x.double()
     text = "no kernel for torch.float64: float16, bfloat16 or float32"
     assert text in refusal("temporal_attention", wide, wide, wide, None)

@@ -14,7 +14,7 @@ import cuda_emulation
 import pytest
 import torch
 
-from tvkernels import _native
+from tvkernels import _device, _native
 from tvkernels._dispatch import OPS
 from tvkernels.ops import specs
 from tvkernels.testing.budget import assert_error_budget
@@ -28,8 +28,19 @@ pytestmark = [
 
 SPECS = {name: spec for name, spec in specs().items() if "cuda" in OPS[name].backends}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-CASES = [(op, case) for op, spec in SPECS.items() for case in spec.small_cases]
-BEYOND = ("temporal_attention", "many_frames")  # more frames than the kernel takes
+HALVES = (torch.float16, torch.bfloat16)
+STAM = "shift_restricted_temporal_attention"
+CALLS = [
+    (op, case, dtype)
+    for op, spec in SPECS.items()
+    for case in spec.small_cases
+    for dtype in DTYPES
+]
+BEYOND = {("temporal_attention", "many_frames"), (STAM, "five_frames"), (STAM, "wide")}
+LEFT_OUT = [
+    call for call in CALLS if call[:2] in BEYOND or (call[0] == STAM and call[2] == torch.float32)
+]
+ROOMS = (99, 163, 227)  # KiB of shared memory that devices lend a block
 
 
 @pytest.fixture
@@ -54,10 +65,17 @@ def check(op, args):
 
 @pytest.mark.parametrize("make", ({}, {"layout": "permuted"}, {"extreme": "equal"},
                                   {"extreme": "huge"}), ids=str)  # fmt: skip
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("op", "case"), [pair for pair in CASES if pair != BEYOND])
+@pytest.mark.parametrize(("op", "case", "dtype"), [x for x in CALLS if x not in LEFT_OUT], ids=str)
 def test_result_within_error_budget(op, case, dtype, make):
     check(op, registered_arguments(SPECS[op], build(SPECS[op], case, dtype, **make)))
+
+
+def test_exactly_what_is_left_out_is_refused(monkeypatch):
+    monkeypatch.setattr(_device, "refuse", lambda op, *tensors: [])
+    for op, case, dtype in CALLS:
+        args = registered_arguments(SPECS[op], build(SPECS[op], case, dtype))
+        refused = bool(OPS[op].backend("cuda").why_not(*args))
+        assert refused == ((op, case, dtype) in LEFT_OUT), (op, case, dtype)
 
 
 # Head dims of SD-1.x with their own kernels, and others; rows of 16 frames and of 32.
@@ -92,6 +110,62 @@ def attention(make, f, d, layout):
 @pytest.mark.parametrize(("d", "f"), SIZES)
 def test_temporal_attention(d, f, dtype, layout):
     check("temporal_attention", attention(Maker(d + f, dtype), f, d, layout))
+
+
+def stam(make, f, c, heads, layout="dense", b=2, n=3, bias=True, sigma=0.7):
+    w = [make(c, c, scale=c**-0.5) for _ in range(4)]
+    given = make(2 * c, scale=0.1)[::2] if bias else None
+    if layout == "turned":  # no run of 16 bytes anywhere
+        z, w = make(c, n, f, b).permute(3, 2, 1, 0), [x.T.contiguous().T for x in w]
+    elif layout == "shifted":
+        z, w = shifted(make, b, f, n, c), [shifted(make, c, c) * c**-0.5 for _ in w]
+    elif layout == "cut":  # frames first; weights as parts of one
+        z = make(f, b, n, c + 8)[..., :c].transpose(0, 1)
+        w = list((make(4, c, c + 8, scale=c**-0.5)[..., :c]).unbind())
+    elif layout == "halved":  # every other channel, at addresses that look like runs
+        z = make(b, f, n, 2 * c)[..., ::2]
+    else:
+        z = make(b, f, n, c)
+    sigmas = torch.tensor(1.3, dtype=torch.float64), torch.tensor([sigma], dtype=z.dtype)
+    return [z, *w, given, *sigmas, heads]
+
+
+FRAMES = (1, 3, 8, 16, 17, 32)
+STAMS = [
+    # Two blocks in the first; heads of 2, 5, 20 and 24 channels, an odd number of heads.
+    *(dict(f=f, c=16, heads=8, n=11) for f in FRAMES),
+    *(dict(f=f, c=40, heads=8) for f in FRAMES),
+    dict(f=3, c=40, heads=2, layout="cut"), dict(f=9, c=40, heads=2, layout="shifted"),
+    dict(f=16, c=72, heads=3, layout="turned"), dict(f=19, c=72, heads=3, layout="cut"),
+    dict(f=5, c=16, heads=2, layout="halved"), dict(f=7, c=72, heads=3, bias=False),
+    dict(f=2, c=200, heads=5, layout="shifted"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("room", ROOMS)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("given", STAMS, ids=str)
+def test_temporal_block(given, dtype, room, monkeypatch):
+    monkeypatch.setenv("TVK_EMULATION_SHARED", str(room << 10))
+    check(STAM, stam(Maker(given["f"], dtype), **given))
+
+
+@pytest.mark.parametrize("f", FRAMES)
+@pytest.mark.parametrize("room", ROOMS)
+def test_temporal_block_at_full_width(f, room, monkeypatch):
+    """Every stage of weights is used anew, and the last columns are there."""
+    monkeypatch.setenv("TVK_EMULATION_SHARED", str(room << 10))
+    dtype = HALVES[(f + room) % 2]
+    check(STAM, stam(Maker(f, dtype), f, 320, 8, b=1, layout=("dense", "cut")[f % 2]))
+
+
+@pytest.mark.parametrize("zero", ("sigma_v", "sigma_out"))
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_temporal_block_with_a_sigma_of_zero(dtype, zero):
+    args = stam(Maker(1, dtype), 5, 40, 2)
+    args[6 if zero == "sigma_v" else 7] = torch.zeros(1)
+    expected = (args[0].float() + args[5].float()).to(dtype)
+    assert torch.equal(OPS[STAM].backend("cuda").forward(*args), expected)
 
 
 def clip(make, b, f, c, h, w, groups, layout="dense", silu=True, offset=0.0):
@@ -198,6 +272,12 @@ def test_any_shape_and_strides(seed):
     blend = [anyhow(other, random, *mask) if mask else other(), anyhow(make, random, *shape)]
     sample = anyhow(make, random, *shape)
     check("guided_ddim_step", [sample, noise, step, *pick((blend, (None, None)))])
+    heads, d = random.randint(1, 8), 8 * random.randint(1, 3)
+    f, n, make = random.randint(1, 32), random.randint(1, 9), Maker(seed, pick(HALVES))
+    args = stam(make, f, heads * d, heads, bias=pick((False, True)))
+    args[0] = anyhow(make, random, pick((1, 2)), f, n, heads * d)
+    args[1] = anyhow(make, random, heads * d, heads * d) * (heads * d) ** -0.5
+    check(STAM, args)
 
 
 def every_own_case(dtype):
@@ -206,12 +286,19 @@ def every_own_case(dtype):
     )
     yield from (("clip_group_norm", clip(Maker(1, dtype), **given)) for given in CLIPS.values())
     yield "guided_ddim_step", step(Maker(1, dtype), Maker(2, dtype), (2, 3, 1, 8, 8))
+    if dtype != torch.float32:
+        yield from ((STAM, stam(Maker(1, dtype), **given)) for given in STAMS if given["c"] > 40)
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 def test_no_result_depends_on_the_order_of_threads(dtype, monkeypatch):
-    """A missing barrier shows in one of two orders: memory that is read too early is NaN."""
-    for op, args in every_own_case(dtype):
+    """A missing barrier shows in one of two orders: memory that is read too early is NaN.
+
+    So does a missing wait: in one of them a copy to shared memory lands at once, in the other when
+    it is waited for.
+    """
+    for at, (op, args) in enumerate(every_own_case(dtype)):
+        monkeypatch.setenv("TVK_EMULATION_SHARED", str(ROOMS[at % 3] << 10))
         forward = OPS[op].backend("cuda").forward
         monkeypatch.setenv("TVK_EMULATION_BACKWARD", "0")
         expected = forward(*args)
@@ -236,6 +323,22 @@ def test_wrong_calls_are_one_clear_error():
         ops.temporal_attention(*[x[:, :4].double()] * 3, 1.0)
     with pytest.raises(RuntimeError, match="q, k and v share one shape"):
         ops.temporal_attention(x[:, :4], x[:, :5], x[:, :4], 1.0)
+    z, w, one = torch.zeros(1, 4, 2, 48).half(), torch.zeros(48, 48).half(), torch.ones(1)
+    block = ops.shift_restricted_temporal_attention
+    with pytest.raises(RuntimeError, match="a head dim above 40"):
+        block(z, w, w, w, w, None, one, one, 1)
+    with pytest.raises(RuntimeError, match="more than 8 heads"):
+        block(z, w, w, w, w, None, one, one, 12)
+    with pytest.raises(RuntimeError, match="rows of a weight do not begin on 16 bytes"):
+        block(z, w, w.T, w, w, None, one, one, 2)
+    with pytest.raises(RuntimeError, match="channels that are no multiple of 8"):
+        block(z[..., :12], *[w[:12, :12]] * 4, None, one, one, 2)
+    with pytest.raises(RuntimeError, match="float16 or bfloat16 is needed"):
+        block(z.float(), *[w.float()] * 4, None, one, one, 2)
+    with pytest.raises(RuntimeError, match="more than 32 frames"):
+        block(z[:, :1].expand(1, 33, 2, 48), w, w, w, w, None, one, one, 2)
+    with pytest.raises(RuntimeError, match="a sigma is one float32 number"):
+        block(z, w, w, w, w, None, one.half(), one, 2)
     with pytest.raises(RuntimeError, match="groups do not divide the channels"):
         ops.clip_group_norm(x, torch.ones(2), torch.ones(2), 4, 1e-5, False)
     with pytest.raises(RuntimeError, match="mask does not fit sample"):

@@ -15,6 +15,8 @@
 #include "kernels/common/launch.cuh"
 #include "kernels/common/numbers.cuh"
 #include "kernels/common/ptx.cuh"
+#include "kernels/common/rows.cuh"
+#include "kernels/common/shares.cuh"
 
 namespace tvk {
 
@@ -35,7 +37,6 @@ constexpr int MOST_FRAMES = 32;
 constexpr int MOST_HEAD_DIM = 160;
 constexpr int WARPS = 8;  // the heads of a position in SD-1.x
 constexpr int THREADS = 32 * WARPS;
-constexpr float LOG2_E = 1.4426950408889634f;
 
 // What a warp works on.
 struct Item {
@@ -48,58 +49,6 @@ __device__ inline Item item_of(const TemporalAttention& p, uint32_t item) {
             static_cast<int>(item - cell * p.heads)};
 }
 
-// One operand in one position's head, [frames, head_dim].
-template <class T>
-struct Rows {
-    T* at;
-    int64_t by_frame, by_dim;
-    int frames, head_dim;
-    bool dense;  // 16 bytes can be read and written at a time
-
-    // R registers, 2 R neighbours, of frame f from column c; zero outside.
-    template <int R, bool EXACT>
-    __device__ void read(int f, int c, uint32_t (&to)[R]) const {
-#pragma unroll
-        for (int i = 0; i < R; ++i) {
-            to[i] = 0;
-        }
-        const T* from = at + f * by_frame;
-        if (f < frames) {
-            if (EXACT || (dense && c + 2 * R <= head_dim)) {
-                read_words(from + c, to);
-            } else if constexpr (!EXACT) {
-#pragma unroll
-                for (int i = 0; i < 2 * R; ++i) {
-                    if (c + i < head_dim) {
-                        const T x = from[(c + i) * by_dim];
-                        to[i / 2] |= uint32_t{reinterpret_cast<const uint16_t&>(x)}
-                                     << (i % 2 * 16);
-                    }
-                }
-            }
-        }
-    }
-
-    // 2 R neighbours of frame f from column c, where there are such.
-    template <int R, bool EXACT>
-    __device__ void write(int f, int c, const float (&from)[2 * R]) const {
-        T* to = at + f * by_frame;
-        if (f >= frames) {
-            return;
-        }
-        if (EXACT || (dense && c + 2 * R <= head_dim)) {
-            write_run(from, to + c);
-        } else if constexpr (!EXACT) {
-#pragma unroll
-            for (int i = 0; i < 2 * R; ++i) {
-                if (c + i < head_dim) {
-                    from_float(from[i], to[(c + i) * by_dim]);
-                }
-            }
-        }
-    }
-};
-
 template <class T>
 __device__ inline Rows<T> rows_of(const TemporalAttention& p, int operand, const Item& item,
                                   bool dense) {
@@ -108,10 +57,6 @@ __device__ inline Rows<T> rows_of(const TemporalAttention& p, int operand, const
     data += item.batch * stride[0] + item.position * stride[2] + item.head * stride[3];
     return {data, stride[1], stride[4], p.frames, p.head_dim, dense};
 }
-
-// Scores of 16 M queries and as many keys: [row block][8 keys][lane's four, see ptx.cuh].
-template <int M>
-using Scores = float[M][2 * M][4];
 
 // Adds the products over 8 R columns from c on; lane t has the 2 R from c + 2 R t on.
 template <class T, int M, int R, bool EXACT>
@@ -142,54 +87,9 @@ __device__ inline void add_scores(Scores<M>& scores, const Rows<T>& q, const Row
     }
 }
 
-// Softmax over the known keys, as operand A of the second product: [row block][16 keys][register].
-template <class T, int M>
-__device__ inline void softmax(Scores<M>& scores, int frames, float scale,
-                               uint32_t (&shares)[M][M][4]) {
-    const int t = threadIdx.x % 4;
-#pragma unroll
-    for (int m = 0; m < M; ++m) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {  // rows g and g + 8
-            float top = -INFINITY;
-#pragma unroll
-            for (int n = 0; n < 2 * M; ++n) {
-#pragma unroll
-                for (int i = 2 * half; i < 2 * half + 2; ++i) {
-                    const bool known = 8 * n + 2 * t + i % 2 < frames;
-                    scores[m][n][i] = known ? scores[m][n][i] * scale : -INFINITY;
-                    top = fmaxf(top, scores[m][n][i]);
-                }
-            }
-            top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
-            top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
-            float total = 0;
-#pragma unroll
-            for (int n = 0; n < 2 * M; ++n) {
-#pragma unroll
-                for (int i = 2 * half; i < 2 * half + 2; ++i) {
-                    scores[m][n][i] = exp2f(scores[m][n][i] - top);
-                    total += scores[m][n][i];
-                }
-            }
-            total += __shfl_xor_sync(~0u, total, 1);
-            total += __shfl_xor_sync(~0u, total, 2);
-            const float share = __fdividef(1.0f, total);  // total is from 1 to 32
-#pragma unroll
-            for (int n = 0; n < 2 * M; ++n) {
-                // Keys 2t and 2t + 1 of the lower, then of the upper eight: registers 0, 2; below
-                // them, for rows g + 8, 1 and 3.
-                shares[m][n / 2][n % 2 * 2 + half] =
-                    pack(scores[m][n][2 * half] * share, scores[m][n][2 * half + 1] * share, T());
-            }
-        }
-    }
-}
-
 // Writes 8 R columns of the result from c on.
 template <class T, int M, int R, bool EXACT>
-__device__ inline void mix(const uint32_t (&shares)[M][M][4], const Rows<T>& v, const Rows<T>& out,
-                           int c) {
+__device__ inline void mix(const Shares<M>& shares, const Rows<T>& v, const Rows<T>& out, int c) {
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
     c += 2 * R * t;
     uint32_t values[2 * M][R];  // keys g, g + 8, ...
@@ -197,19 +97,15 @@ __device__ inline void mix(const uint32_t (&shares)[M][M][4], const Rows<T>& v, 
     for (int i = 0; i < 2 * M; ++i) {
         v.template read<R, EXACT>(g + 8 * i, c, values[i]);
     }
-    float sums[M][R][4] = {};
+    float sums[R][M][4] = {};
 #pragma unroll
     for (int r = 0; r < R; ++r) {
+        uint32_t column[2 * M];
 #pragma unroll
-        for (int n = 0; n < M; ++n) {
-            const uint32_t lower = transpose(values[2 * n][r]);
-            const uint32_t upper = transpose(values[2 * n + 1][r]);
-#pragma unroll
-            for (int m = 0; m < M; ++m) {
-                const auto& a = shares[m][n];
-                mma16<T>(sums[m][r], a[0], a[1], a[2], a[3], lower, upper);
-            }
+        for (int i = 0; i < 2 * M; ++i) {
+            column[i] = values[i][r];
         }
+        add_shared<T, M>(sums[r], shares, column);
     }
 #pragma unroll
     for (int m = 0; m < M; ++m) {
@@ -218,7 +114,7 @@ __device__ inline void mix(const uint32_t (&shares)[M][M][4], const Rows<T>& v, 
             float found[2 * R];
 #pragma unroll
             for (int i = 0; i < 2 * R; ++i) {
-                found[i] = sums[m][i / 2][2 * half + i % 2];
+                found[i] = sums[i / 2][m][2 * half + i % 2];
             }
             out.template write<R, EXACT>(16 * m + 8 * half + g, c, found);
         }
@@ -251,7 +147,7 @@ __global__ void __launch_bounds__(THREADS, M == 1 && D > 0 ? 4 : 2)
     if constexpr (REST > 0) {
         add_scores<T, M, REST / 8, EXACT>(scores, q, k, whole);
     }
-    uint32_t shares[M][M][4];
+    Shares<M> shares;
     softmax<T, M>(scores, p.frames, p.scale * LOG2_E, shares);
 #pragma unroll(EXACT ? D / 32 + 1 : 1)
     for (int c = 0; c < whole; c += 32) {
@@ -273,7 +169,7 @@ struct Wide {
 
 __device__ inline void fill(float (&to)[MOST_FRAMES][ROW], const Rows<float>& x, int c) {
     const int lane = threadIdx.x % 32;
-    const int width = min(CHUNK, x.head_dim - c);
+    const int width = min(CHUNK, x.columns - c);
     if (x.dense) {
         for (int i = lane; i < x.frames * (width / 4); i += 32) {
             const int f = i / (width / 4), at = i % (width / 4) * 4;

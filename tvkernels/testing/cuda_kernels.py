@@ -22,6 +22,7 @@ from tvkernels._triton.configs import SHARED_LIMITS
 
 ROOT = Path(tvkernels.__file__).parents[1]
 FOLDER = ROOT / "build" / "cuda-gate"
+DYNAMIC = r"7DynamicILi(\d+)E"  # in a kernel's symbol: csrc/kernels/common/launch.cuh
 
 # Runs setup.py up to its command line, leaves the CUDA part alone in it and keeps the objects.
 _BUILD = """
@@ -92,8 +93,10 @@ def report(archs: Sequence[str] = tuple(SHARED_LIMITS), folder: Path = FOLDER) -
 
     Returns:
         Rows with "op" (the file in csrc/ops), "kernel" (its name and template arguments), "arch",
-        "registers", "spill_bytes", "stack_bytes", "shared_bytes", "hmma" (matrix instructions),
-        "wide_reads", "wide_writes" (16-byte accesses of global memory) and "faults".
+        "registers", "spill_bytes", "stack_bytes", "shared_bytes" (with the most that a launch
+        adds), "hmma" (matrix instructions), "wide_reads", "wide_writes" (16-byte accesses of
+        global memory) and "faults". Of a kernel for several sizes of shared memory, those that
+        the architecture has.
     Raises:
         ValueError: unknown architecture.
         RuntimeError: csrc does not build.
@@ -109,7 +112,7 @@ def report(archs: Sequence[str] = tuple(SHARED_LIMITS), folder: Path = FOLDER) -
             continue
         said = target.with_suffix(".log").read_text()
         counts = {arch: _instructions(target, arch) for arch in archs}
-        for row in read_log(said):
+        for row in launched(list(read_log(said))):
             row = {"op": Path(source).stem, **row, **counts[row["arch"]].get(row["symbol"], {})}
             rows.append(row | {"faults": faults(row) + warnings(said)})
     names = _demangled([row.pop("symbol") for row in rows])
@@ -130,13 +133,27 @@ def read_log(text: str) -> Iterator[dict]:
     parts = re.split(head, text)[1:]
     for symbol, arch, body in zip(parts[::3], parts[1::3], parts[2::3], strict=True):
         found = {name: re.search(pattern, body) for name, pattern in number.items()}
+        dynamic = re.search(DYNAMIC, symbol)
         spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", body)
-        yield {
+        row = {
             "symbol": symbol,
             "arch": arch,
             **{name: int(match[1]) if match else 0 for name, match in found.items()},
             "spill_bytes": sum(map(int, spills)),
         }
+        row["shared_bytes"] += int(dynamic[1]) if dynamic else 0
+        yield row
+
+
+def launched(rows: Sequence[dict]) -> list[dict]:
+    """The rows of kernels that a launcher can take: all where no size of shared memory fits."""
+
+    def kernel(row):
+        return row["arch"], re.split(r"I\w*" + DYNAMIC, row["symbol"])[0]
+
+    fits = [row["shared_bytes"] <= SHARED_LIMITS[row["arch"]] for row in rows]
+    served = {kernel(row) for row, fit in zip(rows, fits, strict=True) if fit}
+    return [row for row, fit in zip(rows, fits, strict=True) if fit or kernel(row) not in served]
 
 
 def faults(row: dict) -> list[str]:
@@ -151,8 +168,8 @@ def faults(row: dict) -> list[str]:
     expected = row.get("hmma") is not None
     if expected and "attend_kernel" in row["symbol"] and not row["hmma"]:
         found.append("no matrix instruction")
-    # Template arguments as the compiler mangles them: runs of 8, or a head dim.
-    if expected and re.search(r"Li(?:8|40|80|160)EEE", row["symbol"]):
+    # Template arguments as the compiler mangles them: runs of 8, a head dim, or stages of weights.
+    if expected and re.search(r"Li(?:8|40|80|160)EEE|" + DYNAMIC, row["symbol"]):
         if not row["wide_reads"]:
             found.append("no 16-byte read")
         if not row["wide_writes"] and "partial" not in row["symbol"]:
@@ -176,7 +193,7 @@ def _instructions(target: Path, arch: str) -> dict[str, dict[str, int]]:
     ).stdout  # fmt: skip
     patterns = {
         "hmma": r"\bHMMA\.",
-        "wide_reads": r"\bLDG\.\S*\b128\b",
+        "wide_reads": r"\bLDG(?:STS)?\.\S*\b128\b",
         "wide_writes": r"\bSTG\.\S*\b128\b",
     }
     parts = re.split(r"Function : (\w+)", sass)[1:]

@@ -38,6 +38,18 @@ __device__ inline uint32_t pack(float low, float high, __nv_bfloat16) {
     return *reinterpret_cast<const uint32_t*>(&pair);
 }
 
+// What pack has put together, R registers of it.
+template <class T, int R>
+__device__ inline void unpack(const uint32_t (&words)[R], float (&to)[2 * R]) {
+#pragma unroll
+    for (int i = 0; i < R; ++i) {
+        T found[2];
+        memcpy(found, &words[i], 4);
+        to[2 * i] = to_float(found[0]);
+        to[2 * i + 1] = to_float(found[1]);
+    }
+}
+
 // The vector type that one instruction reads or writes: 16 bytes, or all where that is less.
 template <int BYTES>
 using Vector =

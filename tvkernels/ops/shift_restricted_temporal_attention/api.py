@@ -18,7 +18,7 @@ OP = Op(
     "Tensor? sigma_v, Tensor? sigma_out, int heads",
     "Tensor",
     _fake,
-    backends=("triton", "native", "cpu", "reference"),
+    backends=("cuda", "triton", "native", "cpu", "reference"),
     differentiable=(0, 1, 2, 3, 4, 5, 6, 7),
 )
 

@@ -29,18 +29,19 @@ inline int b_column(int lane, int) { return lane / 4; }
 template <class T, int K>
 void multiply(float (&d)[4], const emulation::Shown& mine) {
     const emulation::Shown* shown = emulation::block->exchange(mine);
+    // Of A only the rows and of B only the columns of this lane's results are looked at.
+    const int lane = threadIdx.x % 32;
     float a[16][K], b[K][8];
-    for (int lane = 0; lane < 32; ++lane) {
-        const auto* of_a = reinterpret_cast<const uint16_t*>(shown[lane].word);
-        const auto* of_b = reinterpret_cast<const uint16_t*>(shown[lane].word + K / 4);
-        for (int i = 0; i < K / 2; ++i) {
-            a[a_row(lane, i)][a_column(lane, i)] = value(of_a[i], T());
+    for (int from = 0; from < 32; ++from) {
+        const auto* of_a = reinterpret_cast<const uint16_t*>(shown[from].word);
+        const auto* of_b = reinterpret_cast<const uint16_t*>(shown[from].word + K / 4);
+        for (int i = 0; a_row(from, 0) == lane / 4 && i < K / 2; ++i) {
+            a[a_row(from, i)][a_column(from, i)] = value(of_a[i], T());
         }
-        for (int i = 0; i < K / 4; ++i) {
-            b[b_row(lane, i)][b_column(lane, i)] = value(of_b[i], T());
+        for (int i = 0; b_column(from, 0) / 2 == lane % 4 && i < K / 4; ++i) {
+            b[b_row(from, i)][b_column(from, i)] = value(of_b[i], T());
         }
     }
-    const int lane = threadIdx.x % 32;
     for (int i = 0; i < 4; ++i) {
         const int row = lane / 4 + (i < 2 ? 0 : 8), column = lane % 4 * 2 + (i & 1);
         for (int k = 0; k < K; ++k) {
@@ -73,6 +74,45 @@ inline uint32_t transpose(uint32_t x) {
         found |= (word >> (column % 2 * 16) & 0xffff) << (16 * i);
     }
     return found;
+}
+
+inline unsigned fresh_thread() { return threadIdx.x; }
+
+// PTX ISA, "ldmatrix": lanes 0 to 7 hold the rows' addresses of the first matrix, the next eight
+// those of the second and so on; a lane gets two neighbours of the row that its place in the warp
+// gives, as in a fragment of A.
+template <int MATRICES>
+void load_matrices(const void* row, uint32_t (&to)[MATRICES]) {
+    emulation::Shown mine = {};
+    std::memcpy(mine.word, &row, sizeof(row));
+    const emulation::Shown* shown = emulation::block->exchange(mine);
+    const int lane = threadIdx.x % 32;
+    for (int i = 0; i < MATRICES; ++i) {
+        const char* from;
+        std::memcpy(&from, shown[8 * i + lane / 4].word, sizeof(from));
+        emulation::check_shared(from, 16);
+        std::memcpy(&to[i], from + lane % 4 * 4, 4);
+    }
+}
+
+// PTX ISA, "cp.async": nothing is promised before the wait, and nothing keeps a copy from landing
+// at once. One order of threads does the one, the other the other.
+inline void copy_async(void* to, const void* from, bool known) {
+    emulation::check_shared(to, 16);
+    if (reinterpret_cast<uintptr_t>(from) % 16 != 0) {
+        emulation::fail("an asynchronous copy from an address that is not aligned");
+    }
+    emulation::block->copies().back().push_back({to, known ? from : nullptr});
+    if (!emulation::backward()) {
+        emulation::block->land(0);
+    }
+}
+
+inline void commit_copies() { emulation::block->copies().emplace_back(); }
+
+template <int N>
+void wait_copies() {
+    emulation::block->land(N + 1);  // the last one is still open
 }
 
 }  // namespace tvk
