@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -77,7 +77,7 @@ def frames_to_tensor(video, multiple: int) -> Tensor:
             raise ValueError(f"the frames have several sizes: {sorted(sizes)}")
         video = np.stack([np.asarray(frame.convert("RGB")) for frame in video])
     if isinstance(video, np.ndarray) and video.dtype == np.uint8 and video.ndim == 4:
-        video = torch.from_numpy(np.ascontiguousarray(video)).permute(0, 3, 1, 2).float() / 255
+        video = torch.from_numpy(np.ascontiguousarray(video)).permute(0, 3, 1, 2).float().div_(255)
     if not isinstance(video, Tensor) or video.dim() != 4 or video.shape[1] != 3 or not len(video):
         raise ValueError(
             "video must be uint8 [F, H, W, 3], PIL images, or a float tensor [F, 3, H, W] "
@@ -86,23 +86,31 @@ def frames_to_tensor(video, multiple: int) -> Tensor:
     h, w = video.shape[2:]
     if h % multiple or w % multiple or not h * w:
         raise ValueError(f"frames of {w}x{h} pixels: both sides must be multiples of {multiple}")
-    return video.float() * 2 - 1
+    return (video.float() * 2).sub_(1)
 
 
 @torch.no_grad()
 def encode_frames(vae, pixels: Tensor, chunk: int = 8) -> Tensor:
     """[F, 3, H, W] in [-1, 1] -> scaled latents [F, 4, h, w], the posterior's mode."""
-    pixels = pixels.to(vae.device, vae.dtype)
-    parts = [vae.encode(part).latent_dist.mode() for part in pixels.split(chunk)]
+    parts = [vae.encode(part.to(vae.dtype)).latent_dist.mode() for part in pixels.split(chunk)]
     return torch.cat(parts) * vae.config.scaling_factor
 
 
-@torch.no_grad()
+def decode_chunks(vae, latents: Tensor, chunk: int = 8) -> Iterator[Tensor]:
+    """Scaled latents [F, 4, h, w] -> float32 pixels [n, 3, H, W] in [0, 1], n <= chunk frames.
+
+    A chunk is decoded when it is asked for: the clip is never in memory whole.
+    """
+    for part in latents.split(chunk):
+        with torch.no_grad():
+            pixels = vae.decode(part.to(vae.dtype) / vae.config.scaling_factor).sample
+            pixels = pixels.float().div_(2).add_(0.5).clamp_(0, 1)
+        yield pixels
+
+
 def decode_latents(vae, latents: Tensor, chunk: int = 8) -> Tensor:
     """Scaled latents [F, 4, h, w] -> float32 pixels [F, 3, H, W] in [0, 1]."""
-    latents = latents.to(vae.dtype) / vae.config.scaling_factor
-    pixels = torch.cat([vae.decode(part).sample.float() for part in latents.split(chunk)])
-    return (pixels / 2 + 0.5).clamp(0, 1)
+    return torch.cat(list(decode_chunks(vae, latents, chunk)))
 
 
 @torch.no_grad()

@@ -96,13 +96,16 @@ def test_an_edit_is_recorded_and_can_be_repeated_from_its_record(edit, tvk, tmp_
         "source_prompt": "a red circle", "prompts": ["a blue star"], "negative_prompt": "",
         "start": 0, "stride": 1, "frames": 2, "size": [32, 32], "crop": True, "tune_steps": 1,
         "learning_rate": 3e-5, "steps": 2, "guidance": 7.5, "seed": 0, "backend": "auto",
-        "gradient_checkpointing": False, "cache": str(tmp_path / "cache"),
+        "runtime": "eager", "gradient_checkpointing": False, "max_memory": None,
+        "cache": str(tmp_path / "cache"),
         "output": str(tmp_path / "out.mp4"),
     }  # fmt: skip
     assert kept["versions"]["tvkernels"] == tvkernels.__version__
     assert {"python", "torch", "diffusers"} <= kept["versions"].keys()
     assert kept["cache"] == {"tuning": "miss", "inversion": "miss"}
-    assert {"load", "tuning", "inversion", "sampling", "total"} == kept["seconds"].keys()
+    stages = {"load", "tuning", "inversion", "sampling", "decoding", "total"}
+    assert stages == kept["seconds"].keys()
+    assert kept["memory"] is None
     again = tvk("edit", "--config", tmp_path / "out.json", "--no-cache", "-o", tmp_path / "b.mp4")
     assert again[0] == 0
     assert (tmp_path / "b.mp4").read_bytes() == (tmp_path / "out.mp4").read_bytes()
@@ -125,6 +128,26 @@ def test_a_second_prompt_skips_the_preprocessing(edit, tmp_path, monkeypatch):
     kept = record(tmp_path / "second.json")
     assert kept["cache"] == {"tuning": "hit", "inversion": "hit"}
     assert kept["settings"]["prompts"] == ["a green ring"]
+
+
+def test_a_budget_is_planned_for_and_recorded(edit, tmp_path):
+    quick = ("--method", "frame-by-frame", "--tune-steps", "0", "--size", "64", "--steps", "1")
+    status, _, complaints = edit(*quick, "--max-memory", "1MB")
+    assert status == 2
+    least = one_line(complaints).partition("edit: ")[2].split()[0]
+    kept = {}
+    for budget in ("1GB", least):
+        status, shown, complaints = edit(*quick, "--max-memory", budget)
+        assert (status, complaints) == (0, "")
+        assert "accounted peak" in shown and f"of {budget}" in shown
+        kept[budget] = record(tmp_path / "out.json")
+        assert kept[budget]["settings"]["max_memory"] == budget
+        kept[budget]["frames"] = read_video(tmp_path / "out.mp4").frames.astype(int)
+    plans = [kept[budget]["memory"] for budget in kept]
+    chosen = [(told["chunk"], told["split_guidance"]) for told in plans]
+    assert chosen[0] == (2, False) != chosen[1]
+    assert plans[1]["peak"] <= plans[1]["budget"] < plans[0]["peak"]
+    assert abs(kept["1GB"]["frames"] - kept[least]["frames"]).mean() < 1
 
 
 def test_a_corrupted_cache_entry_is_computed_again_and_said(edit, tmp_path):
@@ -228,6 +251,12 @@ BAD = {
     "unknown method": ("--method ei3", "use one of ei2, tune-a-video"),
     "tuning nothing": ("--method frame-by-frame --tune-steps 2", "leave out --tune-steps"),
     "unknown backend": ("--backend cudnn", "'triton'"),
+    "unknown runtime": ("--runtime fast", "'cuda_graph'"),
+    "no size in bytes": ("--max-memory 8", "such as 8GB"),
+    "too little memory": (
+        "--max-memory 20MB --method frame-by-frame --size 32",
+        "would do, of which",
+    ),
     "no such model": ("--model {tmp}/gone", "not a model directory"),
     "no model": ("--model {tmp}/noindex", "model_index.json"),
     "no unet": ("--model {tmp}/nounet", "no unet/config.json"),

@@ -7,7 +7,8 @@ import pytest
 pytest.importorskip("pydantic")
 pytest.importorskip("yaml")
 
-from tvkernels.config import ConfigError, EditSettings, read_config, resolve
+from tvkernels.config import ConfigError, EditSettings, parse_bytes, read_config, resolve
+from tvkernels.runtime import BACKENDS
 
 # configs/man-skiing.yaml of github.com/showlab/Tune-A-Video, whole.
 MAN_SKIING = """
@@ -159,9 +160,24 @@ def test_a_file_that_is_not_there(tmp_path):
         ({"guidance": float("nan")}, "guidance: "),
         ({"backend": "cudnn"}, "backend: .*'auto'.*not 'cudnn'"),
         ({"frames": "many", "seed": -1}, "frames: .*; seed: "),
+        ({"runtime": "fast"}, "runtime: .*'cuda_graph'.*not 'fast'"),
+        ({"max_memory": "8"}, "max_memory: .*such as 8GB or 512MiB, not '8'"),
+        ({"max_memory": "lots"}, "such as 8GB"),
+        ({"max_memory": "0GB"}, "such as 8GB"),
+        ({"max_memory": "-1GB"}, "such as 8GB"),
     ],
 )
 def test_wrong_values_are_named(given, message):
     with pytest.raises(ConfigError, match=message) as caught:
         resolve(given)
     assert "\n" not in str(caught.value)
+
+
+def test_sizes_in_bytes():
+    sizes = {"8GB": 8 * 10**9, "512MiB": 2**29, "1.5 gb": 1_500_000_000, "3KiB": 3072}
+    assert {text: parse_bytes(text) for text in sizes} == sizes
+
+
+def test_every_runtime_can_be_named():
+    assert [resolve({"runtime": name}).runtime for name in BACKENDS] == list(BACKENDS)
+    assert resolve({}).runtime == "eager"

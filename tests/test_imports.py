@@ -36,6 +36,7 @@ LAYER_OF = {
     "__main__": "entry",
     "cli": "entry",
     "edit": "entry",
+    "export": "entry",
     "config": "entry",
     "demo": "entry",
     "info": "entry",

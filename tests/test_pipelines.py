@@ -25,6 +25,7 @@ from tvkernels.demo import MODEL_DIR
 from tvkernels.pipelines import METHODS, pipeline_class
 from tvkernels.pipelines.cache import Cache, content_key
 from tvkernels.pipelines.checks import ModelError, check_model_folder, check_unet
+from tvkernels.pipelines.common import decode_chunks, decode_latents
 from tvkernels.pipelines.one_shot import OneShotPipeline
 from tvkernels.recipes import ABLATIONS
 
@@ -146,6 +147,38 @@ def test_sampling_is_diffusers_own(load, clip):
             low, high = pipe.unet(torch.cat([latents] * 2), t, text).sample.chunk(2)
             latents = scheduler.step(low + 3.0 * (high - low), t, latents).prev_sample
     torch.testing.assert_close(result, latents, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["ei2", "frame-by-frame"])
+def test_guidance_in_two_calls_is_the_same_in_half_the_batch(load, clip, method):
+    pipe = load(method)
+    pipe.invert(clip, num_inference_steps=2)
+    batches = []
+    pipe.unet.register_forward_pre_hook(lambda unet, args: batches.append(len(args[0])))
+    options = {"num_inference_steps": 2, "guidance_scale": 7.5, "output_type": "latent"}
+    whole = pipe("a star", negative_prompt="red", **options).frames
+    split = pipe("a star", negative_prompt="red", split_guidance=True, **options).frames
+    assert batches == [6, 6, 3, 3, 3, 3]
+    torch.testing.assert_close(split, whole, rtol=1e-4, atol=1e-4)
+    swapped = pipe("red", negative_prompt="a star", split_guidance=True, **options).frames
+    assert (swapped - whole).abs().max() > 1e-2
+    batches.clear()
+    pipe("a star", split_guidance=True, **{**options, "guidance_scale": 1.0})
+    assert batches == [3, 3]
+
+
+def test_frames_are_decoded_when_asked_for(load, clip):
+    pipe = load("frame-by-frame")
+    latents = pipe._encode_video(clip, 2)
+    seen = []
+    decode = pipe.vae.decode
+    pipe.vae.decode = lambda z: (seen.append(len(z)), decode(z))[1]
+    chunks = decode_chunks(pipe.vae, latents, 2)
+    first = next(chunks)
+    assert seen == [2] and not first.requires_grad
+    assert torch.is_grad_enabled(), "the caller's mode is its own"
+    whole = decode_latents(pipe.vae, latents, 8)
+    torch.testing.assert_close(torch.cat([first, *chunks]), whole)
 
 
 def test_inversion_and_sampling_return_to_the_clip():

@@ -103,6 +103,20 @@ def edit_command(
         str | None,
         typer.Option(help="auto, triton, cuda, native, cpu or reference. [default: auto]"),
     ] = None,
+    runtime: Annotated[
+        str | None,
+        typer.Option(
+            help="What inversion and sampling run under: eager, compile, cuda_graph, onnx, "
+            "tensorrt or aoti. [default: eager]"
+        ),
+    ] = None,
+    max_memory: Annotated[
+        str | None,
+        typer.Option(
+            help="Such as 8GB: the edit is planned to keep its tensors, weights included, under "
+            "it by accounting; the libraries themselves come on top."
+        ),
+    ] = None,
     cache: Annotated[
         Path | None,
         typer.Option(help="Folder that keeps preprocessing. [default: ~/.cache/tvkernels]"),
@@ -126,7 +140,8 @@ def edit_command(
         "method": method, "model": model, "frames": frames, "start": start, "stride": stride,
         "size": size, "steps": steps, "tune_steps": tune_steps, "learning_rate": learning_rate,
         "guidance": guidance, "negative_prompt": negative_prompt, "seed": seed,
-        "backend": backend, "cache": False if no_cache else cache,
+        "backend": backend, "runtime": runtime, "max_memory": max_memory,
+        "cache": False if no_cache else cache,
     }  # fmt: skip
     if no_cache and cache is not None:
         raise ConfigError("give either --cache or --no-cache")
@@ -135,6 +150,62 @@ def edit_command(
     from tvkernels.edit import edit
 
     edit(resolve(settings), notes, _say)
+
+
+@app.command("export")
+def export_command(
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="A folder; the UNet goes to its unet/.")
+    ],
+    method: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}.")] = "ei2",
+    kind: Annotated[str, typer.Option("--format", help="onnx or tensorrt.")] = "onnx",
+    model: Annotated[
+        str, typer.Option(help="A Stable Diffusion 1.x directory, a hub name, or embedded.")
+    ] = "embedded",
+    frames: Annotated[
+        int | None, typer.Option(help="Frames per clip, fixed in the file. [default: method's]")
+    ] = None,
+    size: Annotated[
+        int | None, typer.Option(help="Pixels of the square picture. [default: the model's]")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="fp16 or fp32.")] = "fp32",
+    opset: Annotated[
+        int, typer.Option(help="18 to 25; from 23 on one node for each attention.")
+    ] = 23,
+    arch: Annotated[
+        list[str] | None, typer.Option(help="Of TensorRT, sm_89 and the like; repeat it.")
+    ] = None,
+    weights: Annotated[str, typer.Option(help="Of TensorRT: kept, refit or stripped.")] = "kept",
+    timing_cache: Annotated[
+        Path | None, typer.Option(help="Of TensorRT: a file, read and written.")
+    ] = None,
+    fixed_size: Annotated[
+        bool, typer.Option("--fixed-size", help="Height and width do not change.")
+    ] = False,
+    projected_text: Annotated[
+        bool,
+        typer.Option("--projected-text", help="The text comes as every layer's keys and values."),
+    ] = False,
+    plugins: Annotated[
+        bool,
+        typer.Option("--plugins", help="Of TensorRT: attention by our own kernels. Unproven."),
+    ] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Compare the ONNX file with eager on several shapes.")
+    ] = False,
+) -> None:
+    """Write a method's UNet as ONNX, or as TensorRT engines, for other programs to run.
+
+    The exit status is 1 where --check finds an error beyond its budget.
+    """
+    from tvkernels.export import ExportSettings, export
+
+    settings = ExportSettings(
+        output, method, kind, model, frames, size, dtype, opset, tuple(arch or ()), weights,
+        timing_cache, not fixed_size, projected_text, plugins,
+    )  # fmt: skip
+    if not export(settings, check, _say):
+        raise typer.Exit(UNEXPECTED)
 
 
 @app.command()

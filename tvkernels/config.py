@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 EMBEDDED = "embedded"
 """The name of the model that the package carries."""
@@ -19,6 +20,27 @@ class ConfigError(ValueError):
 
 
 Count = Annotated[int, Field(ge=1)]
+UNITS = {f"{p}{kind}": n ** (1 + i) for kind, n in (("B", 1000), ("iB", 1024))
+         for i, p in enumerate("KMGT")}  # fmt: skip
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of "8GB" (10^9 each), "512MiB" (2^20 each) and the like, in any case.
+
+    Raises:
+        ValueError: no number above zero with such a unit.
+    """
+    units = {name.lower(): size for name, size in UNITS.items()}
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]i?b)", text.strip().lower())
+    size = int(float(found[1]) * units[found[2]]) if found else 0
+    if size < 1:
+        raise ValueError("write a size such as 8GB or 512MiB")
+    return size
+
+
+def _size_text(text: str) -> str:
+    parse_bytes(text)
+    return text
 
 
 class EditSettings(BaseModel):
@@ -39,7 +61,9 @@ class EditSettings(BaseModel):
         guidance: classifier-free guidance scale.
         seed: of everything drawn.
         backend: of the attention ops.
+        runtime: what inversion and sampling run under, a name of `tvkernels.runtime.BACKENDS`.
         gradient_checkpointing: less memory while tuning, the same result.
+        max_memory: "8GB": the edit is planned so that its tensors stay under it by accounting.
         cache: folder that keeps preprocessing, None for the user's own, False for none.
         output: the edited clip; with several prompts a number goes before its ending.
         output_dir: in place of `output`, a folder; clips are named after their prompts.
@@ -64,7 +88,9 @@ class EditSettings(BaseModel):
     guidance: Annotated[float, Field(ge=0)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     backend: Literal["auto", "triton", "cuda", "native", "cpu", "reference"] = "auto"
+    runtime: Literal["eager", "compile", "cuda_graph", "onnx", "tensorrt", "aoti"] = "eager"
     gradient_checkpointing: bool = False
+    max_memory: Annotated[str, AfterValidator(_size_text)] | None = None
     cache: Path | Literal[False] | None = None
     output: Path | None = None
     output_dir: Path | None = None

@@ -9,13 +9,13 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tvkernels.config import EMBEDDED, ConfigError, EditSettings
+from tvkernels.config import EMBEDDED, ConfigError, EditSettings, parse_bytes
 from tvkernels.demo import MODEL_DIR
 from tvkernels.demo.settings import OVERRIDES
 from tvkernels.pipelines import METHODS
@@ -25,8 +25,12 @@ from tvkernels.video._files import atomic_path
 from tvkernels.video.io import GIF_MAX_FPS
 
 if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
     from tvkernels.pipelines.cache import Cache
     from tvkernels.pipelines.one_shot import OneShotPipeline, Settings
+    from tvkernels.runtime.memory import Plan
 
 PACKAGES = ("tvkernels", "torch", "diffusers", "transformers", "safetensors", "numpy", "av")
 NUMBERS = ("tune_steps", "learning_rate", "steps", "guidance")
@@ -81,24 +85,37 @@ def edit(given: EditSettings, notes: list[str], say: Callable[[str], None]) -> l
         say(f"for the embedded model, in place of the method's own: {', '.join(said)}")
     for note in notes:
         say(note)
+    check_runtime(settings)
+    plan = None
+    if settings.max_memory is not None:
+        plan = plan_memory(settings, str(model), numbers.recipe)
+        say(str(plan))
     clock = Clock()
     with clock("load"):
-        pipe = load_pipeline(settings.method, str(model), settings.backend)
+        offload = plan is not None and plan.offload
+        pipe = load_pipeline(settings.method, str(model), settings.backend, offload=offload)
+        if plan is not None and plan.tile is not None:
+            from tvkernels.runtime.memory import tile_vae
+
+            tile_vae(pipe.vae, plan.tile)
+        pipe.accelerate(settings.runtime)
     cache = _cache(settings)
-    hits = preprocess(pipe, video, settings, cache, clock, say)
+    hits = preprocess(pipe, video, settings, cache, clock, say, plan)
     record = {
         "settings": settings.model_dump(mode="json", exclude={"output_dir"}),
         "versions": versions(),
         "model": {"name": settings.model, "unet": type(pipe.unet).__name__},
-        "device": device_name(pipe.device),
+        "device": device_name(pipe._execution_device),
         "cache": hits,
+        "memory": None if plan is None else {**asdict(plan), "peak": plan.peak},
         "notes": [*said, *notes],
     }
     for prompt, output in zip(settings.prompts, outputs, strict=True):
         with clock("sampling"):
             pipe.set_progress_bar_config(desc="sampling", leave=False, disable=None)
-            frames = sample(pipe, prompt, settings)
-        write_video(output, frames, video.fps)
+            latents = sample(pipe, prompt, settings, plan)
+        with clock("decoding"):
+            write_video(output, decode(pipe, latents, plan), video.fps)
         record["settings"].update(prompts=[prompt], output=str(output))
         record["seconds"] = {**clock.seconds, "total": round(time.perf_counter() - began, 2)}
         record["date"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
@@ -193,13 +210,20 @@ def method_numbers(method: str, embedded: bool) -> tuple[Settings, dict[str, str
     return replace(own, **changed), said
 
 
-def load_pipeline(method: str, model: str, backend: str = "auto", **options) -> OneShotPipeline:
+def load_pipeline(
+    method: str, model: str, backend: str = "auto", *, offload: bool = False, **options
+) -> OneShotPipeline:
     """A method's pipeline on the device there is, without loading bars.
 
+    Args:
+        method: a name of `METHODS`.
+        model: a directory or a hub name.
+        backend: of the attention ops.
+        offload: on a device, models that are not at work wait in the host's memory.
+        options: of `from_pretrained`.
     Raises:
         ModelError: the model cannot be loaded.
     """
-    import torch
     from safetensors import SafetensorError
 
     try:
@@ -209,7 +233,67 @@ def load_pipeline(method: str, model: str, backend: str = "auto", **options) -> 
     except (OSError, ValueError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise ModelError(f"cannot load the model {model}: {reason}") from error
-    return pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+    if offload:
+        pipe.enable_model_cpu_offload()
+        return pipe
+    return pipe.to(_device())
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def check_runtime(settings: EditSettings) -> None:
+    """Whether the runtime can run here, before any weights are loaded.
+
+    Raises:
+        ConfigError: it cannot, with every reason, or its memory cannot be accounted for.
+    """
+    from tvkernels.runtime import why_not
+
+    if settings.runtime == "eager":
+        return
+    if settings.max_memory is not None:
+        raise ConfigError(
+            f"--max-memory accounts for the eager runtime, not for {settings.runtime}: leave one "
+            "of the two out"
+        )
+    reasons = why_not(settings.runtime, _device())
+    if reasons:
+        raise ConfigError(f"the runtime {settings.runtime} cannot run here: {'; '.join(reasons)}")
+
+
+def plan_memory(settings: EditSettings, model: str, recipe) -> Plan:
+    """How the edit keeps under `max_memory`, from the model's configuration files alone.
+
+    Raises:
+        ConfigError: it cannot; the text names the least that would do.
+        ModelError: the model has no such files.
+    """
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextConfig
+
+    from tvkernels.runtime.memory import Account, BudgetError, plan
+
+    try:
+        account = Account(
+            UNet2DConditionModel.load_config(model, subfolder="unet"),
+            AutoencoderKL.load_config(model, subfolder="vae"),
+            CLIPTextConfig.from_pretrained(model, subfolder="text_encoder").to_dict(),
+            recipe, frames=settings.frames, size=settings.size,
+        )  # fmt: skip
+    except OSError as error:
+        raise ModelError(f"cannot read {model}: {' '.join(str(error).split())}") from error
+    try:
+        return plan(
+            parse_bytes(settings.max_memory), account, tune=bool(settings.tune_steps),
+            guided=settings.guidance > 1, checkpointing=settings.gradient_checkpointing,
+            device=_device(),
+        )  # fmt: skip
+    except BudgetError as error:
+        raise ConfigError(f"max_memory: {error}") from None
 
 
 def _pipeline_class(method: str) -> type[OneShotPipeline]:
@@ -227,12 +311,14 @@ def _pipeline_class(method: str) -> type[OneShotPipeline]:
 
 def preprocess(
     pipe: OneShotPipeline, video: Video, settings: EditSettings, cache: Cache | None,
-    clock: Clock, say: Callable[[str], None],
+    clock: Clock, say: Callable[[str], None], plan: Plan | None = None,
 ) -> dict[str, str]:  # fmt: skip
     """Tunes and inverts; says what came from the cache, "hit", "miss" or "off" for each."""
     import torch
 
     hits = {}
+    checkpointing = settings.gradient_checkpointing or (plan and plan.gradient_checkpointing)
+    chunk = {} if plan is None else {"decode_chunk_size": plan.chunk}
     for stage in ("tuning", "inversion"):
         pipe.set_progress_bar_config(desc=stage, leave=False, disable=None)
         before = cache.hits if cache else 0
@@ -242,10 +328,10 @@ def preprocess(
                     video.frames, settings.source_prompt, num_steps=settings.tune_steps,
                     learning_rate=settings.learning_rate,
                     generator=torch.Generator().manual_seed(settings.seed),
-                    gradient_checkpointing=settings.gradient_checkpointing, cache=cache,
+                    gradient_checkpointing=bool(checkpointing), cache=cache, **chunk,
                 )  # fmt: skip
             else:
-                pipe.invert(video.frames, num_inference_steps=settings.steps, cache=cache)
+                pipe.invert(video.frames, num_inference_steps=settings.steps, cache=cache, **chunk)
         hits[stage] = "off" if cache is None else "hit" if cache.hits > before else "miss"
         if stage == "tuning" and not settings.tune_steps:
             hits[stage] = "off"
@@ -255,13 +341,27 @@ def preprocess(
     return hits
 
 
-def sample(pipe: OneShotPipeline, prompt: str, settings: EditSettings):
-    """The edited clip, uint8 [F, H, W, 3]."""
-    pixels = pipe(
+def sample(
+    pipe: OneShotPipeline, prompt: str, settings: EditSettings, plan: Plan | None = None
+) -> Tensor:
+    """The edited clip's latents [F, 4, h, w]."""
+    return pipe(
         prompt, num_inference_steps=settings.steps, guidance_scale=settings.guidance,
-        negative_prompt=settings.negative_prompt, output_type="pt",
-    ).frames[0]  # fmt: skip
-    return to_bytes(pixels)
+        negative_prompt=settings.negative_prompt, output_type="latent",
+        split_guidance=plan is not None and plan.split_guidance,
+    ).frames  # fmt: skip
+
+
+def decode(
+    pipe: OneShotPipeline, latents: Tensor, plan: Plan | None = None
+) -> Iterator[np.ndarray]:
+    """The clip's frames, uint8 [H, W, 3] each, decoded as they are asked for."""
+    from tvkernels.pipelines.common import decode_chunks
+
+    chunk = {} if plan is None else {"chunk": plan.chunk}
+    for pixels in decode_chunks(pipe.vae, latents, **chunk):
+        yield from to_bytes(pixels)
+    pipe.maybe_free_model_hooks()
 
 
 def to_bytes(pixels):

@@ -6,8 +6,6 @@ weights it takes when loaded. Its name is a hash of all that the code depends on
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from pathlib import Path
 
@@ -16,7 +14,7 @@ from torch import Tensor
 
 from tvkernels.inflate import InflatedHandle
 from tvkernels.runtime.compile import why_not as why_not_inductor
-from tvkernels.runtime.files import describe, new_file, versions
+from tvkernels.runtime.files import artifact_key, artifacts, new_file
 from tvkernels.runtime.program import Shape, VideoStep, export_program
 
 OPTIONS = ("folder",)
@@ -54,20 +52,7 @@ def prepare(handle: InflatedHandle, shape: Shape, folder: str | Path | None = No
 
 def package_path(handle: InflatedHandle, shape: Shape, folder: str | Path | None = None) -> Path:
     """Where the package for this structure and shape lies, made or not."""
-    unet = handle.model
-    asked = {
-        **describe(handle, shape, "aoti"),
-        "versions": versions(("tvkernels", "torch", "triton")),
-        "config": {k: v for k, v in unet.config.items() if not k.startswith("_")},
-        "device": str(unet.device),
-        "isa": torch.backends.cpu.get_cpu_capability(),
-        "gpu": torch.cuda.get_device_name(unet.device) if unet.device.type == "cuda" else None,
-        "tensors": {n: [str(x.dtype), *x.shape] for n, x in unet.state_dict().items()},
-    }
-    text = json.dumps(asked, sort_keys=True, default=repr)
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tvkernels"
-    name = f"unet-{hashlib.sha256(text.encode()).hexdigest()[:32]}.pt2"
-    return Path(folder or home / "runtime") / name
+    return artifacts(folder) / f"unet-{artifact_key(handle, shape, 'aoti')}.pt2"
 
 
 def build(handle: InflatedHandle, shape: Shape, path: Path) -> Path:

@@ -23,7 +23,7 @@ from tvkernels.runtime.program import Shape, mixes_frames
 
 FORMAT = 1
 METADATA = "metadata.json"
-PACKAGES = ("tvkernels", "torch", "diffusers", "onnx", "onnxscript", "onnxruntime")
+PACKAGES = ("tvkernels", "torch", "triton", "diffusers", "onnx", "onnxscript", "onnxruntime")
 
 
 class ArtifactError(ValueError):
@@ -96,7 +96,7 @@ def artifact_key(handle: InflatedHandle, shape: Shape, kind: str) -> str:
     content = describe(handle, shape, kind)
     content["config"] = {k: str(v) for k, v in sorted(model.config.items()) if k[0] != "_"}
     content["weights"] = {n: [*t.shape, str(t.dtype)] for n, t in model.state_dict().items()}
-    content["device"] = device.type
+    content["device"] = [device.type, torch.backends.cpu.get_cpu_capability()]
     if device.type == "cuda":
         content["device"] = [torch.cuda.get_device_name(device), torch.version.cuda]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
+from itertools import chain
 from pathlib import Path
+from queue import Full, Queue
 from typing import TYPE_CHECKING
 
 from tvkernels.video._files import need
@@ -11,20 +15,24 @@ from tvkernels.video._files import need
 if TYPE_CHECKING:
     import numpy as np
 
+QUEUED = 16  # frames that wait for the encoder at most
 
-def mp4(path: Path, frames: np.ndarray, fps: Fraction) -> None:
+
+def mp4(path: Path, frames: Iterable[np.ndarray], fps: Fraction) -> None:
     av, np = need("av"), need("numpy")
-    odd_height, odd_width = (side % 2 for side in frames.shape[1:3])
-    frames = np.pad(frames, ((0, 0), (0, odd_height), (0, odd_width), (0, 0)), mode="edge")
+    frames = iter(frames)
+    first = next(frames)
+    sides = [(0, side % 2) for side in first.shape[:2]]
     with av.open(str(path), "w", options={"movflags": "+faststart"}) as container:
         stream = container.add_stream("libx264", rate=fps, options={"crf": "16"})
-        stream.height, stream.width = frames.shape[1:3]
+        stream.height, stream.width = (side + side % 2 for side in first.shape[:2])
         stream.pix_fmt = "yuv420p"
         context = stream.codec_context
         # Untagged clips are shown as BT.601 or BT.709 depending on the player: say which it is.
         context.colorspace = context.color_primaries = context.color_trc = 1
         context.color_range = 1
-        for frame in frames:
+        for frame in chain([first], frames):
+            frame = np.pad(frame, (*sides, (0, 0)), mode="edge")
             picture = av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(
                 format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG"
             )
@@ -32,10 +40,12 @@ def mp4(path: Path, frames: np.ndarray, fps: Fraction) -> None:
         container.mux(stream.encode(None))
 
 
-def gif(path: Path, frames: np.ndarray, fps: Fraction) -> None:
+def gif(path: Path, frames: Iterable[np.ndarray], fps: Fraction) -> None:
     av = need("av")
     tick = Fraction(1, 100)
-    height, width = frames.shape[1:3]
+    frames = iter(frames)
+    first = next(frames)
+    height, width = first.shape[:2]
     graph = av.filter.Graph()
     source = graph.add_buffer(
         width=width, height=height, format=av.VideoFormat("rgb24"), time_base=tick
@@ -53,26 +63,71 @@ def gif(path: Path, frames: np.ndarray, fps: Fraction) -> None:
     ):
         giver.link_to(taker, output, entry)
     graph.configure()
-    for index, frame in enumerate(frames):
+    count = 0
+    for count, frame in enumerate(chain([first], frames), 1):
         picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
-        picture.pts, picture.time_base = round(index * 100 / fps), tick
+        picture.pts, picture.time_base = round((count - 1) * 100 / fps), tick
         source.push(picture)
     source.push(None)
     with av.open(str(path), "w") as container:
         stream = container.add_stream("gif", rate=fps)
         stream.height, stream.width, stream.pix_fmt = height, width, "pal8"
         stream.time_base = stream.codec_context.time_base = tick
-        for _ in frames:
+        for _ in range(count):
             container.mux(stream.encode(sink.pull()))
         container.mux(stream.encode(None))
 
 
-def folder(path: Path, frames: np.ndarray, fps: Fraction) -> None:
+def folder(path: Path, frames: Iterable[np.ndarray], fps: Fraction) -> None:
     path.mkdir()
-    digits = max(4, len(str(len(frames) - 1)))
+    names = []
     for index, frame in enumerate(frames):
-        need("PIL.Image").fromarray(frame).save(path / f"{index:0{digits}}.png")
+        names.append(path / f"{index:04}.png")
+        need("PIL.Image").fromarray(frame).save(names[-1])
+    digits = len(str(len(names) - 1))
+    for name in names if digits > 4 else ():
+        name.rename(path / f"{name.stem:0>{digits}}.png")
 
 
 ENCODERS = {".mp4": mp4, ".gif": gif, "": folder}
 OUTPUTS = tuple(ENCODERS)
+
+
+def as_they_come(
+    encode: Callable, path: Path, frames: Iterator[np.ndarray], fps: Fraction
+) -> None:
+    """Encodes in a thread of its own while the calling thread makes the frames that follow.
+
+    An error or an interrupt on either side stops the other, and is raised here. What it saves is
+    memory. On a CPU it saves no time: 32 frames of 256 x 256 out of the demo's VAE took 4.37 s
+    against 4.34 s one after the other as mp4, 4.81 against 4.80 as gif (one thread, medians of 8,
+    interleaved), for decoding is nearly all of it. On a GPU it is not measured.
+    """
+    waiting: Queue = Queue(QUEUED)
+
+    def taken() -> Iterator[np.ndarray]:
+        for kind, frame in iter(waiting.get, ("end", None)):
+            if kind == "stop":
+                raise RuntimeError("no more frames will come")
+            yield frame
+
+    with ThreadPoolExecutor(1) as pool:
+        encoding = pool.submit(encode, path, taken(), fps)
+
+        def give(kind: str, frame: np.ndarray | None = None) -> bool:
+            """Whether the encoder takes it, which it does not once it has failed."""
+            while not encoding.done():
+                try:
+                    waiting.put((kind, frame), timeout=0.1)
+                    return True
+                except Full:
+                    continue
+            return False
+
+        try:
+            if all(give("frame", frame) for frame in frames):
+                give("end")
+        except BaseException:
+            give("stop")
+            raise
+        encoding.result()

@@ -6,14 +6,14 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tvkernels.video._decode import open_source
-from tvkernels.video._encode import ENCODERS, OUTPUTS
+from tvkernels.video._encode import ENCODERS, OUTPUTS, as_they_come
 from tvkernels.video._files import VideoError, atomic_path, check_output, need
 from tvkernels.video._fit import plan
 
@@ -109,7 +109,7 @@ def read_video(
 
 
 def write_video(
-    path: str | os.PathLike, frames: np.ndarray | Sequence, fps: Fraction | float
+    path: str | os.PathLike, frames: np.ndarray | Sequence | Iterator, fps: Fraction | float
 ) -> Path:
     """Write a clip: ``.mp4`` (H.264), ``.gif``, or, without an ending, a folder of PNG files.
 
@@ -118,7 +118,9 @@ def write_video(
 
     Args:
         path: output; missing parent folders are created, an existing file is replaced.
-        frames: uint8 RGB [F, H, W, 3], or a sequence of such arrays or PIL images.
+        frames: uint8 RGB [F, H, W, 3], or a sequence of such arrays or PIL images. An iterator
+            is encoded as its frames come, with no more than a few of them in memory; the file is
+            the same to the byte.
         fps: frames a second; at most 50 for a GIF, not stored with PNG files.
 
     Returns:
@@ -128,7 +130,8 @@ def write_video(
         VideoError: wrong frames or rate, an ending that is not written, or a failed write.
     """
     path = check_output(path, OUTPUTS)
-    frames = _checked(frames)
+    streamed = isinstance(frames, Iterator)
+    frames = _checked_one_by_one(frames) if streamed else _checked(frames)
     if not 0 < fps < math.inf:
         raise VideoError(f"fps must be above 0 and finite, not {float(fps):g}")
     fps = Fraction(fps).limit_denominator(1001)
@@ -139,7 +142,11 @@ def write_video(
     av = need("av")
     with atomic_path(path) as temporary:
         try:
-            ENCODERS[path.suffix.lower()](temporary, frames, fps)
+            encode = ENCODERS[path.suffix.lower()]
+            if streamed:
+                as_they_come(encode, temporary, frames, fps)
+            else:
+                encode(temporary, frames, fps)
         except av.FFmpegError as error:
             raise VideoError(f"cannot write {path}: {error.strerror}") from error
     return path
@@ -167,9 +174,33 @@ def _checked(frames) -> np.ndarray:
         if len({picture.shape for picture in pictures}) > 1:
             raise VideoError("frames must all be of one size")
         array = np.stack(pictures) if pictures else np.empty(0)
+    _check_frames(array)
+    return np.ascontiguousarray(array)
+
+
+def _checked_one_by_one(frames: Iterator) -> Iterator[np.ndarray]:
+    """The same checks; the first frame is asked for here, so that nothing is begun without one."""
+    np = need("numpy")
+    first = next(frames, None)
+    first = np.empty(0) if first is None else np.asarray(first)[None]
+    _check_frames(first)
+
+    def rest() -> Iterator[np.ndarray]:
+        yield np.ascontiguousarray(first[0])
+        for frame in frames:
+            frame = np.asarray(frame)
+            if frame.shape != first.shape[1:]:
+                raise VideoError("frames must all be of one size")
+            _check_frames(frame[None])
+            yield np.ascontiguousarray(frame)
+
+    return rest()
+
+
+def _check_frames(array: np.ndarray) -> None:
+    np = need("numpy")
     if array.ndim != 4 or array.shape[-1] != 3 or array.dtype != np.uint8 or not array.size:
         raise VideoError(
             "frames must be uint8 [F, H, W, 3] with at least one frame, "
             f"not {array.dtype} {list(array.shape)}"
         )
-    return np.ascontiguousarray(array)

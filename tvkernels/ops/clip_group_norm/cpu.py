@@ -52,10 +52,16 @@ def _statistics(x: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def _whole_statistics(x: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
-    """The same over all frames at once."""
+    """The same over all frames at once, in two reductions each.
+
+    In one, ONNX Runtime adds up a group of 18,432 numbers so that the result is off by 2.0e-5
+    ([2, 24, 48, 16, 16], 16 groups, float32); in two it is 8.7e-7, eager PyTorch 7.8e-7.
+    """
     wide = torch.promote_types(x.dtype, torch.float32)
     grouped = x.unflatten(2, (groups, -1)).to(wide)
-    variance, mean = torch.var_mean(grouped, (1, 3, 4, 5), correction=0)
+    mean = grouped.mean((4, 5)).mean((1, 3))
+    centred = grouped - mean[:, None, :, None, None, None]
+    variance = centred.square().mean((4, 5)).mean((1, 3))
     return mean, (variance + eps).rsqrt()
 
 

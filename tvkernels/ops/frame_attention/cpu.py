@@ -1,8 +1,12 @@
-"""Lean composed PyTorch: the keys and values of one frame at a time, or none copied at all."""
+"""Lean composed PyTorch: the keys and values of one frame at a time, or none copied at all.
+
+Under export those of all frames at once: a loop would be written out once for each frame.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -13,6 +17,7 @@ from tvkernels.ops.frame_attention.reference import pool
 from tvkernels.patterns import FramePattern, Segment, pooled_counts
 
 Rows = list[list[Segment]]
+Lists = list[list[int]]
 SCORES = 2**22  # scores the backward holds at a time: 16 MiB, whatever the picture's size
 
 
@@ -41,6 +46,8 @@ def read_table(row_ptr: Tensor, segments: Tensor) -> tuple[Rows, bool]:
 
 def attend(q, k, v, rows: Rows, sized: bool, grid, scale, return_lse):
     """Frames that read one list share one call; others gather one frame's keys at a time."""
+    if torch.compiler.is_exporting():
+        rows = [sorted(row) for row in rows]  # so that those that read the same frames share
     source = Source(k, v, rows, grid, sized)
     wide = torch.promote_types(q.dtype, torch.float32)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -50,6 +57,10 @@ def attend(q, k, v, rows: Rows, sized: bool, grid, scale, return_lse):
         out, lse = _sdpa(*(x.flatten(0, 1) for x in (q, k, v)), None, scale, return_lse)
     elif all(row == rows[0] for row in rows):
         out, lse = _sdpa(q.flatten(1, 2), *source.gather(rows[0]), scale, return_lse)
+    elif torch.compiler.is_exporting() and (lists := _even(rows)) is not None:
+        # One attention: 32 in place of 256 in Tune-A-Video's demo UNet of 8 frames.
+        pair = source.gather_all(lists)
+        out, lse = _sdpa(q.flatten(0, 1), *pair, source.bias(lists), scale, return_lse)
     else:
         parts = [
             _sdpa(q[:, f], *source.gather(row), scale, return_lse) for f, row in enumerate(rows)
@@ -90,6 +101,75 @@ class Source:
                 parts.append(zero + math.log(s.count))
             bias = torch.cat(parts)
         return torch.cat(keys, 1), torch.cat(values, 1), bias
+
+    def gather_all(self, lists: dict[int, Lists]) -> tuple[Tensor, Tensor]:
+        """Keys and values [B * F, M, H, D] of every query frame, by slices and expands alone."""
+        keys, values = (
+            [_frames(self.levels[level][i], frames) for level, frames in lists.items()]
+            for i in (0, 1)
+        )
+        return torch.cat(keys, 2).flatten(0, 1), torch.cat(values, 2).flatten(0, 1)
+
+    def bias(self, lists: dict[int, Lists]) -> Tensor | None:
+        """The bias [M] of every frame of `gather_all`, None where it is zero."""
+        if all(self.levels[level][2] is None for level in lists):
+            return None
+        parts = []
+        for level, frames in lists.items():
+            key, _, weight = self.levels[level]
+            zero = key.new_zeros(key.shape[2])
+            parts += [zero if weight is None else weight] * len(frames[0])
+        return torch.cat(parts)
+
+
+def _even(rows: Rows) -> dict[int, Lists] | None:
+    """Level -> each query frame's list of frames, as many for all of them.
+
+    A shorter row is repeated, which changes nothing in a softmax; None where that does not help.
+    """
+    found = []
+    for row in rows:
+        levels: dict[int, list[int]] = {}
+        for s in row:
+            levels.setdefault(s.level, []).extend([s.frame] * s.count)
+        found.append(levels)
+    sizes = [sum(map(len, levels.values())) for levels in found]
+    found = [
+        {level: frames * (max(sizes) // size) for level, frames in levels.items()}
+        for levels, size in zip(found, sizes, strict=True)
+    ]
+    shapes = [{level: len(frames) for level, frames in levels.items()} for levels in found]
+    if any(shape != shapes[0] for shape in shapes):
+        return None
+    return {level: [levels[level] for levels in found] for level in shapes[0]}
+
+
+def _frames(x: Tensor, lists: Lists) -> Tensor:
+    """[B, F, n, H, D] -> [B, Q, m * n, H, D]: query frame f's tokens are those of m frames."""
+    count = x.shape[1]
+    if lists == [[j for j in range(count) if j != f] for f in range(count)]:
+        # Without its first entry a table of F rows is F - 1 rows of F + 1, the last of which are
+        # the diagonal: five operators for any number of frames.
+        table = x.flatten(2).unsqueeze(1).expand(-1, count, -1, -1).flatten(1, 2)[:, 1:]
+        table = table.unflatten(1, (count - 1, count + 1))[:, :, :-1]
+        return table.reshape(x.shape[0], count, (count - 1) * x.shape[2], *x.shape[3:])
+    return torch.cat([_runs(x, column) for column in zip(*lists, strict=True)], 2)
+
+
+def _runs(x: Tensor, frames: Sequence[int]) -> Tensor:
+    """x[:, frames] by slices of successive frames and expands of repeated ones."""
+    parts, first = [], 0
+    while first < len(frames):
+        frame, last = frames[first], first + 1
+        step = frames[last] - frame if last < len(frames) else 1
+        while step in (0, 1) and last < len(frames) and frames[last] - frames[last - 1] == step:
+            last += 1
+        if step == 0:
+            parts.append(x[:, frame : frame + 1].expand(-1, last - first, -1, -1, -1))
+        else:
+            parts.append(x[:, frame : frame + last - first])
+        first = last
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
 def _sdpa(q, k, v, bias, scale, return_lse):

@@ -1,8 +1,9 @@
 """STAM in two kernels at 16 bits and narrow layers; elsewhere its parts around two products.
 
-One kernel for all of it is CUDA C++, `cuda.py`. In Triton the [rows, C] sum of the output projection
-beside the projections of a head takes more registers than a thread has at 128 rows in four warps,
-and fewer rows read the 0.8 MB of weights more often than the second level of cache delivers them.
+One kernel for all of it is CUDA C++, `cuda.py`. In Triton the [rows, C] sum of the output
+projection beside the projections of a head takes more registers than a thread has at 128 rows in
+four warps, and fewer rows read the 0.8 MB of weights more often than the second level of cache
+delivers them.
 """
 
 from __future__ import annotations
