@@ -345,10 +345,11 @@ def sample(
     pipe: OneShotPipeline, prompt: str, settings: EditSettings, plan: Plan | None = None
 ) -> Tensor:
     """The edited clip's latents [F, 4, h, w]."""
+    # Where a program is compiled for a number of clips, inversion's of one serves both halves too.
+    split = settings.runtime in ("compile", "aoti") or (plan is not None and plan.split_guidance)
     return pipe(
         prompt, num_inference_steps=settings.steps, guidance_scale=settings.guidance,
-        negative_prompt=settings.negative_prompt, output_type="latent",
-        split_guidance=plan is not None and plan.split_guidance,
+        negative_prompt=settings.negative_prompt, output_type="latent", split_guidance=split,
     ).frames  # fmt: skip
 
 

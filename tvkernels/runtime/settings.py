@@ -21,8 +21,10 @@ class CompileSettings:
 
 
 UNET = {
-    "cpu": CompileSettings(None, False, ""),
-    "cuda": CompileSettings(None, False, ""),
+    "cpu": CompileSettings(
+        None, False, "norms, activations and additions around the convolutions fuse"
+    ),
+    "cuda": CompileSettings(None, False, "the same; not measured, and cuda_graph captures apart"),
 }
 
 
