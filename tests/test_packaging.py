@@ -30,7 +30,8 @@ def test_the_build_needs_setuptools_alone():
 
 
 def test_extras():
-    assert set(EXTRAS) == {"diffusers", "video", "cli", "export", "bench", "dev", "all"}
+    kinds = {"diffusers", "video", "cli", "export", "tensorrt-rtx", "bench", "dev", "all"}
+    assert set(EXTRAS) == kinds
     (everything,) = EXTRAS["all"]
     listed = everything.removeprefix("tvkernels[").removesuffix("]").split(",")
     assert set(listed) == set(EXTRAS) - {"all"}
