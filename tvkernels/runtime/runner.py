@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tvkernels._dispatch import BackendError
 from tvkernels.inflate import InflatedHandle
 from tvkernels.patterns import FrameTable
-from tvkernels.runtime.program import shape_of
+from tvkernels.runtime.program import mixes_frames, shape_of
 
 # Each is a module beside this one. There is no "auto": what is fastest depends on how often the
 # prepared form is used, which only the caller knows.
@@ -146,6 +146,9 @@ class Runner:
         timestep = torch.as_tensor(timestep, device=sample.device)
         timestep = timestep if timestep.dim() == 2 else timestep.reshape(())
         text = encoder_hidden_states.to(sample.dtype)
+        if not self._module.LIVE and not mixes_frames(self.handle):
+            # Exported with every frame a clip of its own: the text is repeated for each.
+            text, frames = text.repeat_interleave(frames, 0), 1
         step = self._step(sample, timestep, text, frames)
         if self._module.LIVE:
             sample = sample.unflatten(0, (clips, frames))
