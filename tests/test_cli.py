@@ -25,6 +25,7 @@ from tvkernels.demo import MODEL_DIR
 from tvkernels.demo.settings import OVERRIDES
 from tvkernels.demo.world import edit_pair
 from tvkernels.pipelines.cache import Cache
+from tvkernels.runtime.files import ArtifactError
 from tvkernels.video import read_video, write_video
 
 ROOT = Path(__file__).parents[1]
@@ -348,6 +349,17 @@ def test_a_full_disk_is_one_line_and_leaves_no_clip(edit, tmp_path, monkeypatch)
     assert status == 2
     assert "No space left on device" in one_line(complaints)
     assert [path.name for path in tmp_path.iterdir()] == ["cache"]
+
+
+def test_what_a_runtime_refuses_is_one_line(edit, tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise ArtifactError("latents of 4 x 4: both sides are multiples of 8")
+
+    monkeypatch.setattr("tvkernels.pipelines.one_shot.OneShotPipeline.invert", refuse)
+    status, _, complaints = edit("--method", "frame-by-frame", "--tune-steps", "0")
+    assert status == 2
+    assert "the runtime eager: latents of 4 x 4" in one_line(complaints)
+    assert not (tmp_path / "out.mp4").exists()
 
 
 def test_a_defect_is_one_line_unless_debugged(edit, tvk, monkeypatch):

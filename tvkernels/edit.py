@@ -100,7 +100,8 @@ def edit(given: EditSettings, notes: list[str], say: Callable[[str], None]) -> l
             tile_vae(pipe.vae, plan.tile)
         pipe.accelerate(settings.runtime)
     cache = _cache(settings)
-    hits = preprocess(pipe, video, settings, cache, clock, say, plan)
+    with runtime_refusals(settings):
+        hits = preprocess(pipe, video, settings, cache, clock, say, plan)
     record = {
         "settings": settings.model_dump(mode="json", exclude={"output_dir"}),
         "versions": versions(),
@@ -111,7 +112,7 @@ def edit(given: EditSettings, notes: list[str], say: Callable[[str], None]) -> l
         "notes": [*said, *notes],
     }
     for prompt, output in zip(settings.prompts, outputs, strict=True):
-        with clock("sampling"):
+        with clock("sampling"), runtime_refusals(settings):
             pipe.set_progress_bar_config(desc="sampling", leave=False, disable=None)
             latents = sample(pipe, prompt, settings, plan)
         with clock("decoding"):
@@ -263,6 +264,21 @@ def check_runtime(settings: EditSettings) -> None:
     reasons = why_not(settings.runtime, _device())
     if reasons:
         raise ConfigError(f"the runtime {settings.runtime} cannot run here: {'; '.join(reasons)}")
+
+
+@contextmanager
+def runtime_refusals(settings: EditSettings) -> Iterator[None]:
+    """What a runtime cannot be prepared for, such as a size, is the settings' fault.
+
+    Raises:
+        ConfigError: in place of the runtime's own error.
+    """
+    from tvkernels.runtime.files import ArtifactError
+
+    try:
+        yield
+    except ArtifactError as error:
+        raise ConfigError(f"the runtime {settings.runtime}: {error}") from error
 
 
 def plan_memory(settings: EditSettings, model: str, recipe) -> Plan:
