@@ -107,6 +107,7 @@ def test_compiled_code_is_within_budget(regional):
         sample, t, text = clip_inputs(1, 4)
         check(runner, (sample, runner.times(t.reshape(1))[0], runner.text(text)))
         assert graphs()[1] == {}
+    assert all(module._compiled_call_impl is None for module in unet.modules())
 
 
 def test_trained_weights_count_at_once():

@@ -137,6 +137,17 @@ class InflatedHandle(Handle):
             for module in self._spectral:
                 _ = module.sigma
 
+    def compile_blocks(self, **how) -> None:
+        """Has torch.compile take each transformer block for itself, until `remove`.
+
+        Args:
+            how: torch.compile's arguments.
+        """
+        for block in self.model.modules():
+            if type(block).__name__ == "BasicTransformerBlock":
+                self._undo.append(partial(setattr, block, "_compiled_call_impl", None))
+                block.compile(**how)
+
     def keep(self, tensors: dict[str, Tensor]) -> None:
         """Has `remove` put back these values, given by state-dict name, as they are now."""
         kept = {name: tensor.detach().clone() for name, tensor in tensors.items()}

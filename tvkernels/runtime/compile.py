@@ -43,8 +43,8 @@ def prepare(
 
     Args:
         mode: torch.compile's; None takes `settings`.
-        regional: compile each transformer block for itself: quicker to start, slower to run; None
-            takes `settings`.
+        regional: compile each transformer block for itself, in place until the handle is removed,
+            so that what else calls the UNet runs them too; None takes `settings`.
         compiler: torch.compile's backend.
     """
     chosen = compile_settings(handle.model.device.type)
@@ -54,7 +54,7 @@ def prepare(
         how["mode"] = chosen.mode if mode is None else mode
     step = VideoStep(handle.model)
     if regional:
-        handle.model.compile_repeated_blocks(**how)
+        handle.compile_blocks(**how)
         return CompiledStep(handle, step)
     # Not `handle.model.compile`: that would change what training calls too.
     return CompiledStep(handle, torch.compile(step, **how))
