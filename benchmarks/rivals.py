@@ -8,31 +8,25 @@ gives back that layout.
 from __future__ import annotations
 
 import functools
-import importlib
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tvkernels._dispatch import BACKENDS, OPS
 from tvkernels.benchmarks.dense import ATTENTION, Unfit, dense
+from tvkernels.processors.libraries import LIBRARIES
 from tvkernels.testing.calls import registered_arguments, tensors
 from tvkernels.testing.spec import OpSpec
 
 AS_USED, KERNEL = "as used", "kernel"
-SDPA = {
-    "sdpa-flash": SDPBackend.FLASH_ATTENTION,
-    "sdpa-cudnn": SDPBackend.CUDNN_ATTENTION,
-    "sdpa-efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "sdpa-math": SDPBackend.MATH,
-}
 COMPILED = "reference-compiled"
 FLEX = "flex"
+# PyTorch's own choice is one of its four kernels, each of which is measured.
+ENGINES = {name: load for name, load in LIBRARIES.items() if name != "sdpa"}
 
 
 @dataclass(frozen=True)
@@ -179,53 +173,6 @@ def _dense(name: str, spec: OpSpec, args) -> list[Provider]:
     if problem.copies:
         found.append(kept(KERNEL, kernel, lambda out: [problem.back(out)]))
     return found
-
-
-def _sdpa(backend: SDPBackend) -> Callable:
-    def attend(q, k, v, scale):
-        with sdpa_kernel(backend):
-            out = F.scaled_dot_product_attention(
-                *(x.transpose(1, 2) for x in (q, k, v)), scale=scale
-            )
-        return out.transpose(1, 2)
-
-    return attend
-
-
-def _xformers() -> Callable:
-    ops = importlib.import_module("xformers.ops")
-    return lambda q, k, v, scale: ops.memory_efficient_attention(q, k, v, scale=scale)
-
-
-def _flash_attn() -> Callable:
-    attend = importlib.import_module("flash_attn").flash_attn_func
-    return lambda q, k, v, scale: attend(q, k, v, softmax_scale=scale)
-
-
-def _flash_attn_newer(module: str) -> Callable:
-    attend = importlib.import_module(module).flash_attn_func
-
-    def run(q, k, v, scale):
-        out = attend(q, k, v, softmax_scale=scale)
-        return out[0] if isinstance(out, tuple) else out
-
-    return run
-
-
-def _sage() -> Callable:
-    attend = importlib.import_module("sageattention").sageattn
-    return lambda q, k, v, scale: attend(q, k, v, tensor_layout="NHD", sm_scale=scale)
-
-
-# Name -> gives a function of q [B, N, H, D], k, v [B, M, H, D] and the scale; raises ImportError.
-ENGINES: dict[str, Callable[[], Callable]] = {
-    **{name: functools.partial(_sdpa, backend) for name, backend in SDPA.items()},
-    "xformers": _xformers,
-    "flash-attn": _flash_attn,
-    "flash-attn-3": functools.partial(_flash_attn_newer, "flash_attn_interface"),
-    "flash-attn-4": functools.partial(_flash_attn_newer, "flash_attn.cute"),
-    "sage": _sage,
-}
 
 
 def _flex(spec: OpSpec, args) -> list[Provider]:

@@ -1,6 +1,8 @@
 """Installing processors in diffusers' models: what is patched, refused, noticed and restored."""
 
 import copy
+import sys
+import types
 
 import pytest
 import torch
@@ -25,8 +27,9 @@ from tiny_unets import (
     run_installed as run,
 )
 
-from tvkernels import FramePattern, install
+from tvkernels import FramePattern, inflate, install, recipes
 from tvkernels.processors import Clip, FrameAttnProcessor, TemporalAttnProcessor
+from tvkernels.processors.attention import LibraryAttnProcessor
 
 OWN = FramePattern.own()
 PREVIOUS = FramePattern.first_previous()
@@ -203,6 +206,48 @@ def test_putting_our_processors_back_is_no_replacement(unet):
         unet.fuse_qkv_projections()
         unet.unfuse_qkv_projections()
         run(unet, *clip_inputs())
+
+
+# Other libraries' attention, by name.
+
+
+@pytest.mark.parametrize("library", ["sdpa", "sdpa-math", "xformers"])
+def test_a_library_attends_within_frames(unet, library, monkeypatch):
+    calls = []
+
+    def documented(q, k, v, attn_bias=None, p=0.0, scale=None):  # xformers' layout: [B, M, H, K]
+        calls.append(q.shape)
+        scores = torch.einsum("bmhd,bnhd->bhmn", q, k) * scale
+        return torch.einsum("bhmn,bnhd->bmhd", scores.softmax(-1), v)
+
+    module = types.SimpleNamespace(memory_efficient_attention=documented)
+    monkeypatch.setitem(sys.modules, "xformers", types.SimpleNamespace(ops=module))
+    monkeypatch.setitem(sys.modules, "xformers.ops", module)
+    sample, t, text = clip_inputs()
+    expected = run(unet, sample, t, text, None)
+    with install(unet, OWN, attention=library) as handle:
+        assert {type(p) for p in handle.processors.values()} == {LibraryAttnProcessor}
+        assert_rounding(run(unet, sample, t, text), expected)
+    assert len(calls) == (10 if library == "xformers" else 0)
+    with inflate(unet, recipes.FRAME_BY_FRAME, attention=library):
+        assert_rounding(run(unet, sample, t, text), expected)
+    assert len(calls) == (30 if library == "xformers" else 0)
+
+
+def test_a_library_never_replaces_frames_that_are_read(unet):
+    for attempt in (
+        lambda: install(unet, PREVIOUS, attention="sdpa"),
+        lambda: install(unet, {"down_blocks": OWN, "up_blocks": PREVIOUS}, attention="sdpa"),
+        lambda: inflate(unet, recipes.EI2, attention="sdpa"),
+    ):
+        with pytest.raises(ValueError, match=r"'sdpa' attends within a frame, and .*attn1 names"):
+            attempt()
+    with pytest.raises(ValueError, match="unknown attention 'fast': use one of sdpa, sdpa-flash"):
+        install(unet, OWN, attention="fast")
+    with pytest.raises(ImportError, match="attention 'flash-attn-4' is not to be had here"):
+        install(unet, OWN, attention="flash-attn-4")
+    assert all(type(p) is AttnProcessor2_0 for p in unet.attn_processors.values())
+    assert not unet._forward_pre_hooks
 
 
 def test_enabling_xformers_raises_without_a_device(unet):

@@ -167,6 +167,7 @@ def inflate(
     *,
     num_frames: int | None = None,
     backend: str = "auto",
+    attention: str | None = None,
     generator: torch.Generator | None = None,
 ) -> InflatedHandle:
     """Turns a UNet2DConditionModel into the recipe's video UNet, in place.
@@ -180,26 +181,30 @@ def inflate(
         recipe: `tvkernels.recipes.EI2`, `TUNE_A_VIDEO`, or one's own.
         num_frames: frames per clip, if the same for every call; see `install`.
         backend: of frame_attention.
+        attention: another library's in place of ours and PyTorch's own, see `install`.
         generator: draws the added modules' weights; torch's default one if None.
     Returns:
         The handle; `handle.remove()` restores the UNet bit for bit, tuned weights included.
     Raises:
         TypeError: not a UNet2DConditionModel of that family.
         RuntimeError: already patched, or its processors are not diffusers' defaults.
-        ValueError: the recipe does not fit the UNet, which is left as it was.
+        ValueError: the recipe does not fit the UNet, which is left as it was, or `attention`
+            cannot honour its pattern.
+        ImportError: that library is not installed.
     """
     unet = getattr(unet, "_orig_mod", unet)  # of torch.compile, which sees the change itself
     _check_family(unet)
     pattern = recipe.pattern
     pattern = pattern if isinstance(pattern, FramePattern) else dict(pattern)
     clip = Clip(num_frames)
-    chosen = choose_processors(unet, pattern, clip, backend)
+    chosen = choose_processors(unet, pattern, clip, backend, attention)
     layers = attention_layers(unet)
     cross = {name: layer for name, layer in layers.items() if name.endswith("attn2")}
     check_replaceable(cross)
     handle = InflatedHandle(unet, clip, recipe)
     try:
-        for name, processor in {**chosen, **_text_processors(cross, clip)}.items():
+        chosen |= _text_processors(cross, clip, attention or "sdpa")
+        for name, processor in chosen.items():
             handle.set_processor(name, layers[name], processor)
         _snapshot(handle)
         _share_time(handle)
@@ -262,10 +267,14 @@ def spans(widths: list[int]) -> list[Span]:
     return [Span(a, b - a, ends[-1]) for a, b in pairwise(ends)]
 
 
-def _text_processors(cross: dict[str, nn.Module], clip: Clip) -> dict[str, TextAttnProcessor]:
+def _text_processors(
+    cross: dict[str, nn.Module], clip: Clip, library: str
+) -> dict[str, TextAttnProcessor]:
     parts = spans([2 * layer.inner_kv_dim for layer in cross.values()])
     return {
-        name: TextAttnProcessor(clip, None if part.total == layer.cross_attention_dim else part)
+        name: TextAttnProcessor(
+            clip, None if part.total == layer.cross_attention_dim else part, library
+        )
         for (name, layer), part in zip(cross.items(), parts, strict=True)
     }
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from tvkernels.ops.frame_attention.api import frame_attention
 from tvkernels.ops.temporal_attention.api import temporal_attention
 from tvkernels.patterns import FramePattern, FrameTable
 from tvkernels.processors.clip import Clip, Span
+from tvkernels.processors.libraries import attention
 
 Tables = Sequence[FrameTable] | None
 
@@ -133,6 +133,25 @@ class FrameAttnProcessor(AttnProcessor):
         return out.flatten(0, 1)
 
 
+class LibraryAttnProcessor(AttnProcessor):
+    """Self-attention within each frame by a library that is chosen by name.
+
+    Args:
+        library: a name of `libraries.LIBRARIES`.
+        clip: as for `AttnProcessor`.
+    """
+
+    def __init__(self, library: str, clip: Clip | None = None):
+        super().__init__(clip, library)
+        self.library = attention(library)
+
+    def attend(self, q, k, v, scale, num_frames, tables):
+        """A frame each is a sequence of its own."""
+        if q.shape[1] != k.shape[1]:
+            raise ValueError("LibraryAttnProcessor serves self-attention layers only")
+        return self.library(q, k, v, scale)
+
+
 class TextAttnProcessor(AttnProcessor):
     """Cross-attention whose text is [B, L, C]: projected once for all frames of a clip.
 
@@ -140,11 +159,12 @@ class TextAttnProcessor(AttnProcessor):
         clip: as for `AttnProcessor`.
         span: where this layer's keys and values lie in text that `InflatedHandle.project_text`
             has projected already, for all steps of an edit; None if there is no such text.
+        library: a name of `libraries.LIBRARIES`.
     """
 
-    def __init__(self, clip: Clip | None = None, span: Span | None = None):
-        super().__init__(clip)
-        self.span = span
+    def __init__(self, clip: Clip | None = None, span: Span | None = None, library: str = "sdpa"):
+        super().__init__(clip, library)
+        self.span, self.library = span, attention(library)
 
     def read_context(self, attn, context):
         """Keys and values from text states [B, L, C], or from projected text [B, L, total]."""
@@ -162,9 +182,7 @@ class TextAttnProcessor(AttnProcessor):
             )
         shape = q.shape
         q = q.reshape(k.shape[0], -1, *shape[2:])
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v, scale=scale)
-        return out.transpose(1, 2).reshape(shape)
+        return self.library(q, k, v, scale).reshape(shape)
 
 
 class TemporalAttnProcessor(AttnProcessor):

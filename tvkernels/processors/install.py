@@ -14,6 +14,7 @@ from tvkernels.patterns import FramePattern, FrameTable
 from tvkernels.processors.attention import (
     AttnProcessor,
     FrameAttnProcessor,
+    LibraryAttnProcessor,
     TemporalAttnProcessor,
 )
 from tvkernels.processors.clip import Clip
@@ -129,6 +130,7 @@ def install(
     *,
     num_frames: int | None = None,
     backend: str = "auto",
+    attention: str | None = None,
 ) -> Handle:
     """Swaps the self-attention processors of a diffusers model, in place and undoable.
 
@@ -143,16 +145,19 @@ def install(
         num_frames: frames per clip; None takes `cross_attention_kwargs={"num_frames": F}` of each
             call, and without it the whole batch as one clip.
         backend: of the ops.
+        attention: a name of `processors.libraries.LIBRARIES` ("sdpa", "xformers", "flash-attn",
+            ...) in place of our op, for layers that read their own frame alone.
     Returns:
         The handle: `.layers` names what was patched, `.remove()` restores.
     Raises:
         RuntimeError: already patched, or layers hold processors that are not diffusers' defaults
             (fused, sliced, xformers, ...); the text names them.
-        ValueError: the pattern matches no layer.
+        ValueError: the pattern matches no layer, or names one that `attention` cannot honour.
+        ImportError: the library is not installed.
     """
     model = getattr(model, "_orig_mod", model)  # of torch.compile, which sees the change itself
     clip = Clip(num_frames)
-    chosen = choose_processors(model, pattern, clip, backend)
+    chosen = choose_processors(model, pattern, clip, backend, attention)
     layers = attention_layers(model)
     handle = Handle(model, clip)
     for name, processor in chosen.items():
@@ -161,7 +166,7 @@ def install(
 
 
 def choose_processors(
-    model: nn.Module, pattern: Patterns, clip: Clip, backend: str
+    model: nn.Module, pattern: Patterns, clip: Clip, backend: str, attention: str | None = None
 ) -> dict[str, AttnProcessor]:
     """Layer name -> the processor that `install` gives it; raises as `install` does."""
     refuse_patched(model)
@@ -178,8 +183,16 @@ def choose_processors(
             chosen[name] = TemporalAttnProcessor(clip, backend)
         elif name.endswith("attn1"):
             own = patterns[max(prefixes, key=len)]
-            chosen[name] = FrameAttnProcessor(own, clip, backend, distinct.index(own))
-    if not any(isinstance(p, FrameAttnProcessor) for p in chosen.values()):
+            if attention is None:
+                chosen[name] = FrameAttnProcessor(own, clip, backend, distinct.index(own))
+                continue
+            if own != FramePattern.own():
+                raise ValueError(
+                    f"attention={attention!r} attends within a frame, and the pattern of {name} "
+                    "names others: leave it out, frame_attention honours the pattern"
+                )
+            chosen[name] = LibraryAttnProcessor(attention, clip)
+    if not any(isinstance(p, (FrameAttnProcessor, LibraryAttnProcessor)) for p in chosen.values()):
         raise ValueError(
             f"no self-attention layer of this {type(model).__name__} is named {[*patterns]}"
         )
