@@ -191,13 +191,14 @@ def test_what_stops_an_export_leaves_nothing(tmp_path, monkeypatch, error):
 
 BAD = {
     "method": ("--method ei3", "unknown method 'ei3': use one of ei2"),
-    "format": ("--format onyx", "unknown format 'onyx': use one of onnx, tensorrt"),
+    "format": ("--format onyx", "unknown format 'onyx': use one of onnx, tensorrt, aoti"),
     "dtype": ("--dtype fp8", "use one of fp16, fp32"),
     "opset 26": ("--opset 26", "use 18 to 25"),
     "opset 17": ("--opset 17", "use 18 to 25"),
     "no arch": ("--format tensorrt", "--arch is missing"),
     "arch": ("--format tensorrt --arch sm_91", "unknown architecture 'sm_91': use one of sm_75"),
     "arch of onnx": ("--arch sm_89", "are for --format tensorrt"),
+    "opset of aoti": ("--format aoti --opset 18", "--opset and --fixed-size are of ONNX"),
     "frames": ("--frames 0", "one frame or more"),
     "size": ("--size 50", "multiple of 8"),
     "halvings": ("--size 72", "multiple of 64 pixels"),

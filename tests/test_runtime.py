@@ -11,7 +11,9 @@ from tiny_unets import clip_inputs, one_level_unet, seeded, tiny_unet
 
 from tvkernels import BackendError, FramePattern, inflate, recipes
 from tvkernels._dispatch import auto_takes
-from tvkernels.runtime import BACKENDS, accelerate, why_not
+from tvkernels.runtime import BACKENDS, accelerate, aoti, why_not
+from tvkernels.runtime.files import ArtifactError
+from tvkernels.runtime.program import shape_of
 from tvkernels.testing.budget import assert_error_budget
 
 RECIPES = recipes.RECIPES
@@ -174,3 +176,33 @@ def test_a_package_is_code_alone_and_takes_the_weights_of_now(recipe, tmp_path):
         package.write_bytes(package.read_bytes()[:1000])
         with pytest.raises(ValueError, match="cannot be loaded .*: delete it"):
             accelerate(unet, "aoti", folder=tmp_path)(*call())
+
+
+@pytest.mark.slow
+@every_recipe
+def test_an_exported_package_holds_its_weights(recipe, tmp_path):
+    unet, said = one_level_unet(), []
+    with inflate(unet, recipe, generator=seeded()) as handle:
+        shape = shape_of(handle, 3, (8, 8), 5)
+        aoti.write_into(tmp_path, handle, shape, clips=(1, 2), say=said.append)
+        assert [line for line in said if "model.2.pt2" in line]
+        inputs = shape.example(2, unet.dtype)
+        runner = accelerate(unet)
+        check(runner, inputs)
+        expected = runner(*inputs).sample
+        with torch.no_grad():
+            unet.conv_out.bias.add_(1)
+        run = aoti.load_whole(tmp_path)
+        torch.testing.assert_close(run(*inputs), expected)
+        with pytest.raises(ValueError, match="takes 1, 2 clips in a call, got 3"):
+            run(*shape.example(3, unet.dtype))
+    about = tmp_path / "metadata.json"
+    whole = about.read_text()
+    about.write_text(whole.replace(f'"torch": "{torch.__version__}"', '"torch": "2.0"'))
+    with pytest.raises(ArtifactError, match=r"compiled by torch 2\.0, here is .*: export again"):
+        aoti.load_whole(tmp_path)
+    about.write_text(whole)
+    package = tmp_path / "model.1.pt2"
+    package.write_bytes(package.read_bytes()[:-1])
+    with pytest.raises(ArtifactError, match="model.1.pt2 is truncated"):
+        aoti.load_whole(tmp_path)

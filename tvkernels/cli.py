@@ -158,7 +158,7 @@ def export_command(
         Path, typer.Option("--output", "-o", help="A folder; the UNet goes to its unet/.")
     ],
     method: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}.")] = "ei2",
-    kind: Annotated[str, typer.Option("--format", help="onnx or tensorrt.")] = "onnx",
+    kind: Annotated[str, typer.Option("--format", help="onnx, tensorrt or aoti.")] = "onnx",
     model: Annotated[
         str, typer.Option(help="A Stable Diffusion 1.x directory, a hub name, or embedded.")
     ] = "embedded",
@@ -191,10 +191,10 @@ def export_command(
         typer.Option("--plugins", help="Of TensorRT: attention by our own kernels. Unproven."),
     ] = False,
     check: Annotated[
-        bool, typer.Option("--check", help="Compare the ONNX file with eager on several shapes.")
+        bool, typer.Option("--check", help="Compare what was written with eager PyTorch.")
     ] = False,
 ) -> None:
-    """Write a method's UNet as ONNX, or as TensorRT engines, for other programs to run.
+    """Write a method's UNet as ONNX, TensorRT engines or compiled code, for other programs to run.
 
     The exit status is 1 where --check finds an error beyond its budget.
     """

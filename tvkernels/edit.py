@@ -237,10 +237,11 @@ def load_pipeline(
     if offload:
         pipe.enable_model_cpu_offload()
         return pipe
-    return pipe.to(_device())
+    return pipe.to(preferred_device())
 
 
-def _device() -> str:
+def preferred_device() -> str:
+    """The kind of device that models run on: cuda where torch sees one, else cpu."""
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
@@ -261,7 +262,7 @@ def check_runtime(settings: EditSettings) -> None:
             f"--max-memory accounts for the eager runtime, not for {settings.runtime}: leave one "
             "of the two out"
         )
-    reasons = why_not(settings.runtime, _device())
+    reasons = why_not(settings.runtime, preferred_device())
     if reasons:
         raise ConfigError(f"the runtime {settings.runtime} cannot run here: {'; '.join(reasons)}")
 
@@ -306,7 +307,7 @@ def plan_memory(settings: EditSettings, model: str, recipe) -> Plan:
         return plan(
             parse_bytes(settings.max_memory), account, tune=bool(settings.tune_steps),
             guided=settings.guidance > 1, checkpointing=settings.gradient_checkpointing,
-            device=_device(),
+            device=preferred_device(),
         )  # fmt: skip
     except BudgetError as error:
         raise ConfigError(f"max_memory: {error}") from None

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from tvkernels.inflate import InflatedHandle
     from tvkernels.runtime.program import Shape
 
-FORMATS = ("onnx", "tensorrt")
+FORMATS = ("onnx", "tensorrt", "aoti")
 DTYPES = {"fp16": "float16", "fp32": "float32"}
 TOKENS = 77  # of CLIP, which every Stable Diffusion 1.x model reads
 REPEATS = 3
@@ -69,7 +69,7 @@ def export(given: ExportSettings, compare: bool, say: Callable[[str], None]) -> 
 
     Args:
         given: settings.
-        compare: run the ONNX file on several shapes beside eager PyTorch.
+        compare: run what was written beside eager PyTorch, an ONNX file on several shapes.
         say: shows one line to the user.
     Returns:
         False where a comparison is beyond the error budget.
@@ -90,12 +90,15 @@ def export(given: ExportSettings, compare: bool, say: Callable[[str], None]) -> 
     say(f"wrote {given.output / 'unet'} in {time.perf_counter() - began:.1f} s")
     if not compare:
         return True
-    from tvkernels.runtime import onnx
+    from tvkernels.runtime import aoti, onnx
 
-    run = onnx.load(given.output / "unet" / onnx.NAME)
-    return all([_compare(run, handle, exact, other, clips, say) for clips, other in others(
-        handle, shape, given.dynamic_size
-    )])  # fmt: skip
+    if given.format == "aoti":
+        run, what = aoti.load_whole(given.output / "unet"), "AOTInductor"
+        calls = [(count, shape) for count in clip_counts(given, handle)]
+    else:
+        run, what = onnx.load(given.output / "unet" / onnx.NAME), "ONNX Runtime"
+        calls = others(handle, shape, given.dynamic_size)
+    return all([_compare(run, what, handle, exact, other, clips, say) for clips, other in calls])
 
 
 def check(given: ExportSettings) -> None:
@@ -115,11 +118,13 @@ def check(given: ExportSettings) -> None:
         raise ConfigError("--arch is missing: say which GPUs, such as --arch sm_89")
     if given.format != "tensorrt" and (given.archs or given.weights != "kept" or given.plugins):
         raise ConfigError("--arch, --weights and --plugins are for --format tensorrt")
+    if given.format == "aoti" and (given.opset, given.dynamic_size) != (23, True):
+        raise ConfigError("--opset and --fixed-size are of ONNX: a compiled package has one size")
     if given.frames is not None and given.frames < 1:
         raise ConfigError(f"a clip has one frame or more, not {given.frames}")
     if given.model != EMBEDDED:
         check_model_folder(given.model)
-    from tvkernels.runtime import files, onnx, tensorrt
+    from tvkernels.runtime import aoti, files, onnx, tensorrt
 
     try:
         onnx.check_opset(given.opset)
@@ -128,6 +133,8 @@ def check(given: ExportSettings) -> None:
         files.check_new(given.output / "unet")
         if given.format == "tensorrt":
             tensorrt.library()
+        if given.format == "aoti" and (reasons := aoti.why_not("cpu")):
+            raise ConfigError("; ".join(reasons))
     except files.ArtifactError as error:
         raise ConfigError(str(error)) from error
 
@@ -143,7 +150,7 @@ def load(given: ExportSettings) -> tuple[InflatedHandle, nn.Module, Shape]:
     from diffusers.utils import logging
     from safetensors import SafetensorError
 
-    from tvkernels.edit import method_numbers
+    from tvkernels.edit import method_numbers, preferred_device
     from tvkernels.inflate import inflate
     from tvkernels.runtime.program import shape_of
 
@@ -162,8 +169,10 @@ def load(given: ExportSettings) -> tuple[InflatedHandle, nn.Module, Shape]:
     inflate(unet, numbers.recipe, generator=torch.Generator().manual_seed(0))
     dtype = getattr(torch, DTYPES[given.dtype])
     wide = torch.float64 if dtype == torch.float32 else torch.float32
-    exact = copy.deepcopy(unet).to(wide)
-    handle = unet.to(dtype)._tvkernels_handle
+    # Compiled code is of the device it was compiled on.
+    device = preferred_device() if given.format == "aoti" else "cpu"
+    exact = copy.deepcopy(unet).to(device, wide)
+    handle = unet.to(device, dtype)._tvkernels_handle
     frames = numbers.frames if given.frames is None else given.frames
     side, halved = pixels // multiple, 2 ** (len(unet.config.block_out_channels) - 1)
     if side % halved:
@@ -175,23 +184,35 @@ def load(given: ExportSettings) -> tuple[InflatedHandle, nn.Module, Shape]:
 def _write(
     given: ExportSettings, handle: InflatedHandle, shape: Shape, place: Path, say
 ) -> None:  # fmt: skip
-    from tvkernels.edit import method_numbers
-    from tvkernels.runtime import onnx, tensorrt
-    from tvkernels.runtime.program import mixes_frames
+    from tvkernels.runtime import aoti, onnx, tensorrt
 
+    counts = clip_counts(given, handle)
+    if given.format == "aoti":
+        aoti.write_into(place, handle, shape, clips=counts, say=say)
+        return
     path = onnx.write_into(
         place, handle, shape, opset=given.opset, dynamic_size=given.dynamic_size, say=say,
         plugins=given.plugins,
     )  # fmt: skip
-    # Guidance doubles the clips; where frames are clips of one, there are as many as are edited.
+    for arch in given.archs:
+        tensorrt.build(
+            path, place / f"model.{arch}.engine", arch=arch, clips=(1, *counts),
+            weights=given.weights, timing_cache=given.timing_cache, say=say,
+        )  # fmt: skip
+
+
+def clip_counts(given: ExportSettings, handle: InflatedHandle) -> tuple[int, int]:
+    """Clips in a call of the inversion and in one under guidance, which doubles them.
+
+    Where frames are clips of one, there are as many as are edited.
+    """
+    from tvkernels.edit import method_numbers
+    from tvkernels.runtime.program import mixes_frames
+
     clips = 1
     if not mixes_frames(handle):
         clips = given.frames or method_numbers(given.method, given.model == EMBEDDED)[0].frames
-    for arch in given.archs:
-        tensorrt.build(
-            path, place / f"model.{arch}.engine", arch=arch, clips=(1, clips, 2 * clips),
-            weights=given.weights, timing_cache=given.timing_cache, say=say,
-        )  # fmt: skip
+    return clips, 2 * clips
 
 
 def others(handle: InflatedHandle, shape: Shape, dynamic_size: bool) -> list[tuple[int, Shape]]:
@@ -203,13 +224,13 @@ def others(handle: InflatedHandle, shape: Shape, dynamic_size: bool) -> list[tup
     return chosen
 
 
-def _compare(run, handle: InflatedHandle, exact, shape: Shape, clips: int, say) -> bool:
+def _compare(run, what: str, handle: InflatedHandle, exact, shape: Shape, clips: int, say) -> bool:
     import torch
 
     from tvkernels.runtime.program import VideoStep
     from tvkernels.testing.budget import error_and_budget
 
-    given = shape.example(clips, handle.model.dtype)
+    given = shape.example(clips, handle.model.dtype, handle.model.device)
     eager = VideoStep(handle.model, shape.frames)
     with torch.no_grad():
         wide = [x.to(exact.dtype) if x.is_floating_point() else x for x in given]
@@ -220,7 +241,7 @@ def _compare(run, handle: InflatedHandle, exact, shape: Shape, clips: int, say) 
     say(
         f"{clips} x {shape.frames} frames, latents {shape.height} x {shape.width}: error "
         f"{error:.2e}, {verdict} its budget of {budget:.2e}; "
-        f"eager {seconds[0]:.3f} s, ONNX Runtime {seconds[1]:.3f} s"
+        f"eager {seconds[0]:.3f} s, {what} {seconds[1]:.3f} s"
     )
     return error <= budget
 
