@@ -265,6 +265,10 @@ def check_runtime(settings: EditSettings) -> None:
     reasons = why_not(settings.runtime, preferred_device())
     if reasons:
         raise ConfigError(f"the runtime {settings.runtime} cannot run here: {'; '.join(reasons)}")
+    from tvkernels.runtime.files import artifacts
+
+    # Inductor's own place is the temporary folder, which a restart empties.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(artifacts() / "inductor"))
 
 
 @contextmanager
@@ -373,18 +377,44 @@ def sample(
 def decode(
     pipe: OneShotPipeline, latents: Tensor, plan: Plan | None = None
 ) -> Iterator[np.ndarray]:
-    """The clip's frames, uint8 [H, W, 3] each, decoded as they are asked for."""
+    """The clip's frames, uint8 [H, W, 3] each, decoded as they are asked for.
+
+    A device works on the next chunk while one is copied and written.
+    """
     from tvkernels.pipelines.common import decode_chunks
 
     chunk = {} if plan is None else {"chunk": plan.chunk}
+    waiting = None
     for pixels in decode_chunks(pipe.vae, latents, **chunk):
-        yield from to_bytes(pixels)
+        ready, waiting = waiting, fetch_bytes(pixels)
+        if ready is not None:
+            yield from ready()
+    if waiting is not None:
+        yield from waiting()
     pipe.maybe_free_model_hooks()
 
 
-def to_bytes(pixels):
-    """Tensor [F, 3, H, W] in [0, 1] -> uint8 array [F, H, W, 3]."""
-    return pixels.mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+def fetch_bytes(pixels: Tensor) -> Callable[[], np.ndarray]:
+    """Starts to copy pixels [F, 3, H, W] in [0, 1] to the host.
+
+    Returns:
+        What waits for them: a function that gives uint8 [F, H, W, 3].
+    """
+    import torch
+
+    found = pixels.mul(255).round().byte().permute(0, 2, 3, 1)
+    if not found.is_cuda:
+        return found.numpy
+    host = torch.empty(found.shape, dtype=found.dtype, pin_memory=True)
+    host.copy_(found, non_blocking=True)
+    done = torch.cuda.Event()
+    done.record()
+
+    def wait() -> np.ndarray:
+        done.synchronize()
+        return host.numpy()
+
+    return wait
 
 
 def _cache(settings: EditSettings) -> Cache | None:

@@ -13,7 +13,7 @@ import torch
 
 from tvkernels.demo.metrics import background_psnr, target_accuracy, temporal_error
 from tvkernels.demo.world import Scene
-from tvkernels.edit import to_bytes
+from tvkernels.edit import fetch_bytes
 
 if TYPE_CHECKING:
     from tvkernels.pipelines.one_shot import OneShotPipeline, Settings
@@ -68,7 +68,7 @@ def edit_scene(
         target.caption, num_inference_steps=numbers.steps, guidance_scale=numbers.guidance,
         output_type="pt",
     ).frames[0]  # fmt: skip
-    edited = to_bytes(pixels)
+    edited = fetch_bytes(pixels)()
     done = time.perf_counter()
     accuracy = target_accuracy(edited, target)
     temporal: dict[str, Any] = {"all": None, "object": None, "background": None}

@@ -8,9 +8,11 @@ from torch import Tensor
 
 from tvkernels.ops.frame_attention.api import frame_attention
 from tvkernels.ops.temporal_attention.api import temporal_attention
+from tvkernels.ops.token_map_attention.api import token_map_attention
 from tvkernels.patterns import FramePattern, FrameTable
 from tvkernels.processors.clip import Clip, Span
 from tvkernels.processors.libraries import attention
+from tvkernels.processors.maps import TokenMaps
 
 Tables = Sequence[FrameTable] | None
 
@@ -48,6 +50,13 @@ class AttnProcessor:
         """[batch, tokens, heads, head dim] of queries, keys and values -> the queries' results."""
         raise NotImplementedError
 
+    def attend_mapped(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, num_frames: int | None,
+        tables: Tables, maps: TokenMaps,
+    ) -> Tensor:  # fmt: skip
+        """`attend` in a call that asks for maps of words, for layers that have any."""
+        return self.attend(q, k, v, scale, num_frames, tables)
+
     def read_context(self, attn, context: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of cross-attention."""
         return project_context(attn, context, cross=True)
@@ -61,6 +70,7 @@ class AttnProcessor:
         temb: Tensor | None = None,
         num_frames: int | None = None,
         tables: Tables = None,
+        maps: TokenMaps | None = None,
     ) -> Tensor:
         """diffusers' processor contract.
 
@@ -72,6 +82,7 @@ class AttnProcessor:
             temb: time embedding of layers with a spatial norm.
             num_frames: frames per clip where no handle tells.
             tables: compiled patterns in place of the processors' own, see `Handle.tables`.
+            maps: takes the maps of its words from the layers that it wants to see.
         Returns:
             A tensor of hidden_states' shape.
         """
@@ -94,7 +105,11 @@ class AttnProcessor:
             k, v = project_context(attn, hidden_states)
         else:
             k, v = self.read_context(attn, encoder_hidden_states)
-        out = self.attend(q, k, v, attn.scale, num_frames, tables).flatten(2).to(q.dtype)
+        if maps is None:
+            out = self.attend(q, k, v, attn.scale, num_frames, tables)
+        else:
+            out = self.attend_mapped(q, k, v, attn.scale, num_frames, tables, maps)
+        out = out.flatten(2).to(q.dtype)
         out = attn.to_out[1](attn.to_out[0](out))
         if picture is not None:
             out = out.transpose(1, 2).unflatten(2, picture[1:])
@@ -160,10 +175,17 @@ class TextAttnProcessor(AttnProcessor):
         span: where this layer's keys and values lie in text that `InflatedHandle.project_text`
             has projected already, for all steps of an edit; None if there is no such text.
         library: a name of `libraries.LIBRARIES`.
+        backend: of the op that attends where a call asks for maps of words.
     """
 
-    def __init__(self, clip: Clip | None = None, span: Span | None = None, library: str = "sdpa"):
-        super().__init__(clip, library)
+    def __init__(
+        self,
+        clip: Clip | None = None,
+        span: Span | None = None,
+        library: str = "sdpa",
+        backend: str = "auto",
+    ):
+        super().__init__(clip, backend)
         self.span, self.library = span, attention(library)
 
     def read_context(self, attn, context):
@@ -174,15 +196,33 @@ class TextAttnProcessor(AttnProcessor):
 
     def attend(self, q, k, v, scale, num_frames, tables):
         """All frames of a sample are queries of one call."""
-        clips = q.shape[0] // self.clip.frames(q.shape[0], num_frames)
+        self._check_texts(q, k, num_frames)
+        shape = q.shape
+        q = q.reshape(k.shape[0], -1, *shape[2:])
+        return self.library(q, k, v, scale).reshape(shape)
+
+    def attend_mapped(self, q, k, v, scale, num_frames, tables, maps):
+        """`token_map_attention` in the layers that are to be seen."""
+        grid = self.clip.grid(q.shape[1])
+        if not maps.wants(grid, self.clip.size):
+            return self.attend(q, k, v, scale, num_frames, tables)
+        frames = self._check_texts(q, k, num_frames)
+        apart = q.unflatten(0, (k.shape[0], q.shape[0] // k.shape[0]))
+        out, found = token_map_attention(
+            apart, k, v, maps.tokens, scale=scale, backend=self.backend
+        )
+        maps.add(found.reshape(-1, frames, *found.shape[2:]), grid)
+        return out.flatten(0, 1)
+
+    def _check_texts(self, q: Tensor, k: Tensor, num_frames: int | None) -> int:
+        frames = self.clip.frames(q.shape[0], num_frames)
+        clips = q.shape[0] // frames
         if k.shape[0] != clips and k.shape[0] != q.shape[0]:  # "in" would not take symbols
             raise ValueError(
                 f"{k.shape[0]} texts for {q.shape[0]} images in {clips} clips: "
                 "text is [B, L, C] for images [B * F, ...]"
             )
-        shape = q.shape
-        q = q.reshape(k.shape[0], -1, *shape[2:])
-        return self.library(q, k, v, scale).reshape(shape)
+        return frames
 
 
 class TemporalAttnProcessor(AttnProcessor):

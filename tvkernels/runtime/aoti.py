@@ -8,6 +8,7 @@ depends on. What is written for other programs holds its weights too.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -68,8 +69,9 @@ def build(handle: InflatedHandle, shape: Shape, path: Path, how: dict = CODE_ALO
     Raises:
         ArtifactError: the package cannot be written.
     """
-    program = export_program(handle, shape, dynamic_clips=False, keep_ops=True)
-    with new_file(path) as part:
+    with new_file(path) as part, warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of torch, about its own parts
+        program = export_program(handle, shape, dynamic_clips=False, keep_ops=True)
         # Inductor insists on the suffix.
         made = part.with_suffix(".pt2")
         torch._inductor.aoti_compile_and_package(

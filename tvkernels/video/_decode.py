@@ -77,13 +77,15 @@ def _upright(frame) -> np.ndarray:
     return need("numpy").rot90(frame.to_ndarray(format="rgb24"), quarter_turns)
 
 
-def _folder(path: Path) -> Source:
-    def natural(file: Path) -> list:
-        parts = re.split(r"(\d+)", file.name)
-        return [int(part) if part.isdigit() else part.lower() for part in parts]
+def natural_order(file: Path) -> list:
+    """A key under which frame 2 comes before frame 10."""
+    parts = re.split(r"(\d+)", file.name)
+    return [int(part) if part.isdigit() else part.lower() for part in parts]
 
+
+def _folder(path: Path) -> Source:
     files = [file for file in path.iterdir() if file.suffix.lower() in IMAGES]
-    pictures = (partial(_image, file) for file in sorted(files, key=natural))
+    pictures = (partial(_image, file) for file in sorted(files, key=natural_order))
     return Source(FOLDER_FPS, Fraction(1), len(files), pictures)
 
 
