@@ -240,3 +240,13 @@ def test_the_command_exports_the_demo_model_and_finds_it_right(method, more, tmp
     shown = capsys.readouterr().out
     assert shown.count("within its budget") == 3
     print(shown)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("opset", [n for n in runtime.OPSETS if n not in (18, 23)])
+def test_every_opset_agrees_with_eager(opset, tmp_path):
+    handle = inflated("ei2")
+    path = runtime.export(handle, shape(handle), tmp_path, opset=opset, dynamic_size=False)
+    inputs = shape(handle).example(2, handle.model.dtype)
+    low, exact = truth(handle, *inputs)
+    assert_error_budget(runtime.load(path)(*inputs), low, exact)

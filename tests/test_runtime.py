@@ -206,3 +206,21 @@ def test_an_exported_package_holds_its_weights(recipe, tmp_path):
     package.write_bytes(package.read_bytes()[:-1])
     with pytest.raises(ArtifactError, match="model.1.pt2 is truncated"):
         aoti.load_whole(tmp_path)
+
+
+def test_regional_graphs_are_as_many_as_sizes():
+    """Blocks of one size share one; more clips are other sizes."""
+    unet = tiny_unet()
+    with inflate(unet, recipes.EI2, generator=seeded()):
+        eager = accelerate(copy.deepcopy(unet))
+        runner = accelerate(unet, "compile", compiler="aot_eager", regional=True)
+        for clips in (1, 2):
+            sample, t, text = clip_inputs(clips, 4)
+            call = (sample, eager.times(t.reshape(1))[0], eager.text(text))
+            torch.testing.assert_close(runner(*call).sample, eager(*call).sample)
+            found = graphs()
+            for step in (901, 1):
+                time = eager.times(torch.tensor([step]))[0]
+                runner(sample, time, eager.text(text))
+            assert graphs() == found and found[1] == {}
+    assert found[0] < 2 * 8

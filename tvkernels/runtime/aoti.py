@@ -21,6 +21,7 @@ from tvkernels.runtime import files
 from tvkernels.runtime.compile import why_not as why_not_inductor
 from tvkernels.runtime.files import ArtifactError, artifact_key, artifacts, new_file
 from tvkernels.runtime.program import INPUTS, OUTPUT, Shape, VideoStep, export_program
+from tvkernels.runtime.settings import compile_settings
 
 OPTIONS = ("folder",)
 LIVE = False
@@ -58,7 +59,8 @@ def prepare(handle: InflatedHandle, shape: Shape, folder: str | Path | None = No
 
 def package_path(handle: InflatedHandle, shape: Shape, folder: str | Path | None = None) -> Path:
     """Where the package for this structure and shape lies, made or not."""
-    return artifacts(folder) / f"unet-{artifact_key(handle, shape, 'aoti')}.pt2"
+    how = dict(compile_settings(handle.model.device.type).inductor)
+    return artifacts(folder) / f"unet-{artifact_key(handle, shape, f'aoti {how}')}.pt2"
 
 
 def build(handle: InflatedHandle, shape: Shape, path: Path, how: dict = CODE_ALONE) -> Path:
@@ -69,13 +71,14 @@ def build(handle: InflatedHandle, shape: Shape, path: Path, how: dict = CODE_ALO
     Raises:
         ArtifactError: the package cannot be written.
     """
+    own = compile_settings(handle.model.device.type).inductor
     with new_file(path) as part, warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of torch, about its own parts
         program = export_program(handle, shape, dynamic_clips=False, keep_ops=True)
         # Inductor insists on the suffix.
         made = part.with_suffix(".pt2")
         torch._inductor.aoti_compile_and_package(
-            program, package_path=str(made), inductor_configs=how
+            program, package_path=str(made), inductor_configs={**own, **how}
         )
         os.replace(made, part)
     return path

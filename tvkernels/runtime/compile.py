@@ -9,6 +9,9 @@ from tvkernels.inflate import InflatedHandle
 from tvkernels.runtime.program import Shape, VideoStep
 from tvkernels.runtime.settings import compile_settings
 
+# A block is the same code as the next one but for where its text lies: a number that varies. There
+# is a graph for each size, at most five of Stable Diffusion's and each for one clip and for two.
+REGIONAL = {"allow_unspec_int_on_nn_module": True, "recompile_limit": 64}
 OPTIONS = ("mode", "regional", "compiler")
 LIVE = True
 
@@ -44,18 +47,20 @@ def prepare(
     Args:
         mode: torch.compile's; None takes `settings`.
         regional: compile each transformer block for itself, in place until the handle is removed,
-            so that what else calls the UNet runs them too; None takes `settings`.
+            so that what else calls the UNet runs them too, at the sizes that a step has had;
+            None takes `settings`.
         compiler: torch.compile's backend.
     """
     chosen = compile_settings(handle.model.device.type)
     regional = chosen.regional if regional is None else regional
     how = {"fullgraph": True, "backend": compiler}
     if compiler == "inductor":
-        how["mode"] = chosen.mode if mode is None else mode
+        mode = chosen.mode if mode is None else mode
+        how |= {"mode": mode} if mode is not None else {"options": dict(chosen.inductor)}
     step = VideoStep(handle.model)
     if regional:
         handle.compile_blocks(**how)
-        return CompiledStep(handle, step)
+        return CompiledStep(handle, step, REGIONAL)
     # Not `handle.model.compile`: that would change what training calls too.
     return CompiledStep(handle, torch.compile(step, **how))
 
@@ -66,15 +71,21 @@ class CompiledStep:
     Args:
         handle: of the inflated UNet.
         step: a compiled `VideoStep`.
+        config: torch._dynamo's settings for it.
     """
 
-    def __init__(self, handle: InflatedHandle, step):
+    def __init__(self, handle: InflatedHandle, step, config: dict | None = None):
         self.handle, self.step = handle, step
+        self.config = {} if config is None else config
 
-    def __call__(self, sample: Tensor, timestep: Tensor, text: Tensor, tables=None) -> Tensor:
+    def __call__(self, sample: Tensor, timestep: Tensor, text: Tensor, tables=None, *maps):
         """As `VideoStep.forward`, samples being [B, F, 4, h, w]."""
+        if maps and self.config is REGIONAL:
+            # They would be compiled again at each layer, for the maps that the others have given.
+            raise ValueError("blocks compiled apart give no maps of words: leave out regional")
         if tables is None:
             tables = self.handle.tables(sample.shape[1], sample.device)
         # Clips are not among them: inversion has one, guidance two, and each has its graph.
         torch._dynamo.maybe_mark_dynamic(sample, 1)
-        return self.step(sample, timestep, text, tables)
+        with torch._dynamo.config.patch(**self.config):
+            return self.step(sample, timestep, text, tables, *maps)
