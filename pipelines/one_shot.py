@@ -67,15 +67,18 @@ class OneShotPipeline(DiffusionPipeline):
             scheduler, whose noise schedule DDIM then follows.
         settings: other numbers than the method's own.
         backend: of frame_attention.
+        attention: another library's, see `tvkernels.inflate`.
     """
 
     model_cpu_offload_seq = "text_encoder->unet->vae"
     _callback_tensor_inputs = ("latents", "prompt_embeds")
     settings: Settings
+    # Whether the edit is composed in pixels, so that decoding its latents would only blur it.
+    in_pixels = False
 
     def __init__(
         self, vae, text_encoder, tokenizer, unet, scheduler,
-        settings: Settings | None = None, backend: str = "auto",
+        settings: Settings | None = None, backend: str = "auto", attention: str | None = None,
     ):  # fmt: skip
         super().__init__()
         check_unet(unet.config)
@@ -84,7 +87,7 @@ class OneShotPipeline(DiffusionPipeline):
             vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=forward
         )
         self.settings = settings or type(self).settings
-        self.backend = backend
+        self.backend, self.attention = backend, attention
         self.video_processor = VideoProcessor(do_resize=False)
         self.inverted: Tensor | None = None
         self._interrupt = False
@@ -108,7 +111,9 @@ class OneShotPipeline(DiffusionPipeline):
         if self.handle is not None:
             self.handle.remove()
         recipe = self.settings.recipe
-        self.handle = inflate(self.unet, recipe, backend=self.backend, generator=generator)
+        self.handle = inflate(
+            self.unet, recipe, backend=self.backend, attention=self.attention, generator=generator
+        )
         self._start_runtime()
 
     def _start_runtime(self) -> None:
@@ -345,8 +350,7 @@ class OneShotPipeline(DiffusionPipeline):
                     continue
                 if projected is not prompt_embeds:  # the first time, and where a callback gave new
                     text, projected = self.runner.text(prompt_embeds), prompt_embeds
-                noise = self._predict(latents, times[i], text, split_guidance)
-                latents = guided_ddim_step(latents, noise, rows[i])
+                latents = self._update(i, latents, times[i], text, rows[i], split_guidance)
                 if callback_on_step_end is not None:
                     tensors = {"latents": latents, "prompt_embeds": prompt_embeds}
                     asked = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
@@ -358,14 +362,26 @@ class OneShotPipeline(DiffusionPipeline):
         self.maybe_free_model_hooks()
         return VideoEditOutput(frames=frames) if return_dict else (frames,)
 
-    def _predict(self, latents: Tensor, time: Tensor, text: Tensor, split: bool) -> Tensor:
-        """The noise [B * F, 4, h, w] in one latent [F, 4, h, w] under B texts."""
+    def _update(
+        self, i: int, latents: Tensor, time: Tensor, text: Tensor, row: Tensor, split: bool
+    ) -> Tensor:
+        """Step i of sampling; what methods that do more than guidance have of their own."""
+        return guided_ddim_step(latents, self._predict(latents, time, text, split)[0], row)
+
+    def _predict(
+        self, latents: Tensor, time: Tensor, text: Tensor, split: bool = False, **looks
+    ) -> tuple[Tensor, Tensor | None]:
+        """The noise [B * F, 4, h, w] in one latent [F, 4, h, w] under B texts.
+
+        With `tokens` and `levels`, the runner's, also their maps under the last text.
+        """
         texts = text.split(1) if split else (text,)
         parts = [
-            self.runner(latents.repeat(len(part), 1, 1, 1), time, part, return_dict=False)[0]
+            self.runner(latents.repeat(len(part), 1, 1, 1), time, part, return_dict=False, **looks)
             for part in texts
         ]
-        return torch.cat(parts) if split else parts[0]
+        noise = torch.cat([part[0] for part in parts]) if split else parts[0][0]
+        return noise, parts[-1][1] if parts[-1][1:] else None
 
     def _decode(self, latents: Tensor, output_type: str, chunk: int):
         if output_type == "latent":

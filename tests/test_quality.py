@@ -182,7 +182,7 @@ def test_what_was_not_measured_is_called_that():
 def means(**accuracy) -> dict:
     return {
         name: {"accuracy": accuracy[name.replace("-", "_")], "psnr": 20.0, "temporal": temporal}
-        for name, temporal in zip(run.METHODS, (0.05, 0.06, 0.04), strict=True)
+        for name, temporal in zip(run.QUICK, (0.05, 0.06, 0.04), strict=True)
     }
 
 
@@ -199,19 +199,20 @@ def test_the_demo_says_who_loses():
 
 def test_the_demo_writes_all_it_promises(model, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "MODEL_DIR", model)
-    for name in run.TUNED:
+    baseline, *tuned = run.QUICK
+    for name in tuned:
         monkeypatch.setitem(OVERRIDES, name, QUICK)
-    monkeypatch.setitem(OVERRIDES, run.BASELINE, {"steps": 1})
+    monkeypatch.setitem(OVERRIDES, baseline, {"steps": 1})
     console, lines = Console(record=True, width=160), []
     run.run(tmp_path / "demo", 1, console, lines.append)
     shown = console.export_text()
     assert all(column in shown for column in run.COLUMNS)
     names = {path.name for path in (tmp_path / "demo").iterdir()}
-    clips = {f"clip0-{what}.mp4" for what in ("source", "truth", *run.METHODS)}
+    clips = {f"clip0-{what}.mp4" for what in ("source", "truth", *run.QUICK)}
     assert names == clips | {"contact_sheet.png", "report.json"}
     assert all(len(read_video(tmp_path / "demo" / clip)) == 8 for clip in clips)
     report = json.loads((tmp_path / "demo" / "report.json").read_text())
-    assert list(report["methods"]) == list(run.METHODS)
+    assert list(report["methods"]) == list(run.QUICK)
     assert report["methods"]["ei2"]["settings"]["tune_steps"] == 1
     assert set(report["methods"]["ei2"]["mean"]) == set(quality.MEASURES)
     assert report["sentences"] == lines[-1 - len(report["sentences"]) : -1]
