@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
-EXTRAS ?= diffusers,video,cli,export,tensorrt-rtx,dev
+EXTRAS ?= diffusers,video,cli,atlas,export,tensorrt-rtx,dev
 WORKERS ?= 2
 
 BIN := $(VENV)/bin

@@ -23,6 +23,16 @@ SMALLER = {
     "shift_restricted_temporal_attention": {"b": 1, "f": 8, "n": 16},
     "token_map_attention": {"b": 1, "f": 4, "n": 256},
     "clip_group_norm": {"shape": lambda shape: (1, 4, shape[2], 16, 16)},
+    "temporal_conv": {"shape": lambda shape: (1, *shape[1:3], 4, 4)},
+    "atlas_sample": {
+        "atlas": lambda shape: (shape[0], shape[1] // 8, shape[2] // 8, shape[3]),
+        "points": lambda points: points // 64,
+    },
+    "atlas_splat": {
+        "values": lambda shape: (shape[0], shape[1] // 64, shape[2]),
+        "size": lambda size: (size[0] // 8, size[1] // 8),
+    },
+    "atlas_composite": {"layers": lambda shape: (*shape[:2], shape[2] // 64, shape[3])},
 }
 MOST_SETS = 64
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,12 +24,14 @@ from tvkernels.demo import MODEL_DIR
 from tvkernels.demo.measure import edit_scene
 from tvkernels.demo.world import edit_pair
 from tvkernels.edit import NUMBERS, device_name, load_pipeline, method_numbers, versions
-from tvkernels.pipelines import METHODS
+from tvkernels.patterns import FramePattern
+from tvkernels.pipelines import METHODS, TAKES
 from tvkernels.recipes import ABLATIONS, RECIPES, Recipe
 from tvkernels.video import VideoError, check_output
 
 RESULTS = Path(__file__).resolve().parent / "results" / "quality.jsonl"
 RESAMPLES = 10_000
+OWN_FRAME = replace(RECIPES["blended-diffusion"], name="own-frame", pattern=FramePattern.own())
 
 # Key of a measure -> (title, factor, digits).
 MEASURES = {
@@ -40,6 +42,7 @@ MEASURES = {
     "temporal": ("temporal error\nx1000", 1000, 2),
     "object": ("object\nx1000", 1000, 2),
     "background": ("background\nx1000", 1000, 2),
+    "iou": ("mask IoU", 1, 2),
     "preprocess_s": ("prepare s", 1, 1),
     "edit_s": ("edit s", 1, 1),
     "peak_mib": ("peak MiB", 1, 0),
@@ -52,20 +55,48 @@ PAIRS = (
     ("ei2", "tune-a-video"),
     ("tune-a-video", "frame-by-frame"),
     ("ei2", "frame-by-frame"),
+    ("tcve", "tune-a-video"),
     *((name, "tune-a-video") for name in ABLATIONS),
+    *((name, "tcve") for name in ABLATIONS if name.startswith("tcve-")),
     *((name, "ei2-sparse-causal") for name in ("ei2", "ei2-r4")),
     ("ei2-frame-norm", "tav-frame-norm"),
     *((name, "frame-by-frame") for name in ("tav-frame-norm", "ei2-frame-norm")),
-)
+    *(
+        ("blended-diffusion", name)
+        for name in (
+            "frame-by-frame", "tune-a-video", "ei2", "blended-no-mask", "blended-true-mask",
+            "blended-random-background", "blended-own-frame",
+        )
+    ),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Entrant:
-    """A method, or a recipe in place of its own."""
+    """A method, or a recipe in place of its own, or other settings.
+
+    Attributes:
+        masked: what tells the edited region, see `edit_scene`.
+    """
 
     name: str
     method: str
     recipe: Recipe | None = None
+    changes: dict = field(default_factory=dict)
+    masked: str | None = None
+
+
+# BLD-AC's table II (no mask, the user's, that of the words) and its figures 2 and 3 (the
+# background's noise, the frames that are read).
+MASKED = tuple(
+    Entrant(f"blended-{name}", "blended-diffusion", **other)
+    for name, other in {
+        "no-mask": {"changes": {"mask": "none"}},
+        "true-mask": {"masked": "true"},
+        "random-background": {"changes": {"background": "random"}, "masked": "words"},
+        "own-frame": {"recipe": OWN_FRAME, "masked": "words"},
+    }.items()
+)
 
 
 def run(
@@ -106,12 +137,12 @@ def run(
     rows = []
     for entrant in line_up:
         own, _ = method_numbers(entrant.method, embedded=True)
-        own = replace(own, recipe=entrant.recipe or own.recipe)
+        own = replace(own, recipe=entrant.recipe or own.recipe, **entrant.changes)
         # A method that tunes nothing has no use for numbers of the tuning.
         idle = () if own.recipe.tuned else ("tune_steps", "learning_rate")
         own = replace(own, **{n: v for n, v in (numbers or {}).items() if n not in idle})
         settings = {name: getattr(own, name) for name in NUMBERS}
-        settings |= {"seed": seed, "frames": 8, "model": _model_digest()}
+        settings |= {"seed": seed, "frames": 8, "model": _model_digest(), **_of_its_own(own)}
         pipe = None
         for scene in scenes:
             row = {"scene": scene, "method": entrant.name, "settings": settings}
@@ -120,7 +151,7 @@ def run(
                 continue
             if pipe is None:
                 pipe = load_pipeline(entrant.method, str(MODEL_DIR), settings=own)
-            row |= _measure(pipe, own, scene, seed)
+            row |= _measure(pipe, own, scene, seed, entrant.masked)
             _append(output, row)
             rows.append(row)
             say(f"{entrant.name}, scene {scene}: {_summary(row['measures'])}")
@@ -138,9 +169,12 @@ def entrants(methods: list[str] | None, ablation: bool) -> list[Entrant]:
     base = {recipe.source: name for name, recipe in RECIPES.items()}
     varied = list(dict.fromkeys(base[recipe.source] for recipe in ABLATIONS.values()))
     chosen = methods if methods is not None else varied if ablation else list(METHODS)
-    found = [Entrant(name, name) for name in dict.fromkeys(chosen)]
-    if ablation:
+    told = {name: "words" for name, taken in TAKES.items() if "words" in taken}
+    found = [Entrant(name, name, masked=told.get(name)) for name in dict.fromkeys(chosen)]
+    if ablation and set(chosen) - told.keys():
         found += [Entrant(name, base[r.source], r) for name, r in ABLATIONS.items()]
+    if ablation and "blended-diffusion" in chosen:
+        found += MASKED
     return found
 
 
@@ -189,7 +223,7 @@ def show(rows: list[dict], console: Console) -> None:
         table.add_column(title, justify="right")
     for method in methods:
         own = [row["measures"] for row in rows if row["method"] == method]
-        table.add_row(method, *(_cell([m[name] for m in own], name) for name in MEASURES))
+        table.add_row(method, *(_cell([m.get(name) for m in own], name) for name in MEASURES))
     console.print(table)
     compared = Table(title="paired differences [95 % interval]", show_lines=True, **LEFT)
     compared.add_column("")
@@ -203,9 +237,9 @@ def show(rows: list[dict], console: Console) -> None:
         console.print(compared)
 
 
-def _measure(pipe, numbers, scene: int, seed: int) -> dict:
+def _measure(pipe, numbers, scene: int, seed: int, masked: str | None) -> dict:
     source, target = edit_pair(scene)
-    measures = edit_scene(pipe, numbers, source, target, seed=seed).measures
+    measures = edit_scene(pipe, numbers, source, target, seed=seed, masked=masked).measures
     return {
         "recipe": repr(numbers.recipe),
         "source": source.caption,
@@ -216,6 +250,14 @@ def _measure(pipe, numbers, scene: int, seed: int) -> dict:
         "commit": commit(),
         "date": today(),
     }
+
+
+def _of_its_own(settings) -> dict:
+    """What a method's settings hold beyond those of all methods."""
+    from tvkernels.pipelines.one_shot import Settings
+
+    common = {each.name for each in fields(Settings)}
+    return {n: v for n, v in asdict(settings).items() if n not in common}
 
 
 def _key(row: dict) -> str:

@@ -7,8 +7,20 @@ import importlib
 METHODS = {
     "ei2": "tvkernels.pipelines.ei2:EI2Pipeline",
     "tune-a-video": "tvkernels.pipelines.tune_a_video:TuneAVideoPipeline",
+    "tcve": "tvkernels.pipelines.tcve:TCVEPipeline",
+    "stable-video": "tvkernels.pipelines.stable_video:StableVideoPipeline",
     "frame-by-frame": "tvkernels.pipelines.frame_by_frame:FrameByFramePipeline",
+    "blended-diffusion": "tvkernels.pipelines.blended_diffusion:BlendedDiffusionPipeline",
 }
+
+# What `tvk edit` hands to a method beside what all of them take.
+TAKES = {
+    "blended-diffusion": ("words", "mask"),
+    "stable-video": (
+        "mask", "foreground_prompt", "background_prompt", "controlnet_canny", "controlnet_depth",
+        "depth_model", "atlas_dir",
+    ),
+}  # fmt: skip
 
 
 def pipeline_class(method: str) -> type:

@@ -29,7 +29,10 @@ def ddim_schedulers(scheduler) -> tuple[DDIMScheduler, DDIMInverseScheduler]:
     which no SD-1.x model was trained with.
     """
     config = dict(scheduler.config)
-    config.update(clip_sample=False, set_alpha_to_one=False)
+    ours = {"clip_sample": False, "set_alpha_to_one": False}
+    # from_config drops what its list says was left at a default, ours too if it stands there.
+    left = [name for name in config.get("_use_default_values", ()) if name not in ours]
+    config.update(ours, _use_default_values=left)
     if config.get("prediction_type", "epsilon") != "epsilon":
         raise ModelError(
             f"the model predicts {config['prediction_type']}, these methods need epsilon: "

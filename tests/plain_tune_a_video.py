@@ -38,7 +38,7 @@ class TimeEmbedding(nn.Module):
     def forward(self, t, batch):
         half = self.channels // 2
         angles = t.float() * torch.exp(-math.log(10000) * torch.arange(half) / half)
-        waves = torch.cat([angles.cos(), angles.sin()]).expand(batch, -1)
+        waves = torch.cat([angles.cos(), angles.sin()]).to(self.linear_1.weight).expand(batch, -1)
         return self.linear_2(F.silu(self.linear_1(waves)))
 
 

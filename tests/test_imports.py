@@ -31,6 +31,7 @@ LAYER_OF = {
     "published": "recipes",
     "runtime": "runtime",
     "pipelines": "pipelines",
+    "atlas": "atlas",
     "video": "video",
     "testing": "testing",
     "__main__": "entry",
@@ -54,9 +55,11 @@ MAY_IMPORT = {
     "runtime": {"recipes"} | CORE,
     "public": {"recipes"} | CORE,
     "video": set(),
+    "atlas": {"public", "video"} | CORE,
     "testing": {"public", "api", "spec", "leaf"},
-    "pipelines": {"public", "recipes", "runtime", "video"} | CORE,
-    "entry": {"public", "pipelines", "recipes", "runtime", "video", "testing", "spec"} | CORE,
+    "pipelines": {"public", "recipes", "runtime", "atlas", "video"} | CORE,
+    "entry": {"public", "pipelines", "atlas", "recipes", "runtime", "video", "testing", "spec"}
+    | CORE,
 }
 
 

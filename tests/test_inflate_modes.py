@@ -20,9 +20,9 @@ from tiny_unets import (
 
 from tvkernels import inflate
 from tvkernels.nn import SpectralLinear, TemporalAttention
-from tvkernels.recipes import EI2, TUNE_A_VIDEO
+from tvkernels.recipes import EI2, TCVE, TUNE_A_VIDEO
 
-TUNED = [TUNE_A_VIDEO, EI2]
+TUNED = [TUNE_A_VIDEO, EI2, TCVE]
 
 
 @pytest.fixture

@@ -30,7 +30,9 @@ def test_the_build_needs_setuptools_alone():
 
 
 def test_extras():
-    kinds = {"diffusers", "video", "cli", "export", "tensorrt-rtx", "bench", "dev", "all"}
+    kinds = {
+        "diffusers", "video", "cli", "atlas", "export", "tensorrt-rtx", "bench", "dev", "all",
+    }  # fmt: skip
     assert set(EXTRAS) == kinds
     (everything,) = EXTRAS["all"]
     listed = everything.removeprefix("tvkernels[").removesuffix("]").split(",")

@@ -3,6 +3,9 @@
 from tvkernels import recipes
 from tvkernels._dispatch import BackendError
 from tvkernels.inflate import inflate
+from tvkernels.ops.atlas_composite.api import atlas_composite
+from tvkernels.ops.atlas_sample.api import atlas_sample
+from tvkernels.ops.atlas_splat.api import atlas_splat
 from tvkernels.ops.clip_group_norm.api import clip_group_norm
 from tvkernels.ops.frame_attention.api import frame_attention
 from tvkernels.ops.guided_ddim_step.api import ddim_inversion_step, guided_ddim_step
@@ -14,6 +17,7 @@ from tvkernels.ops.shift_restricted_temporal_attention.api import (
 )
 from tvkernels.ops.spectral_linear.api import spectral_linear, spectral_sigma
 from tvkernels.ops.temporal_attention.api import temporal_attention
+from tvkernels.ops.temporal_conv.api import temporal_conv
 from tvkernels.ops.token_map_attention.api import token_map_attention
 from tvkernels.patterns import FramePattern, FrameTable
 from tvkernels.processors import Handle, install
@@ -25,6 +29,9 @@ __all__ = [
     "FramePattern",
     "FrameTable",
     "Handle",
+    "atlas_composite",
+    "atlas_sample",
+    "atlas_splat",
     "clip_group_norm",
     "ddim_inversion_step",
     "frame_attention",
@@ -40,5 +47,6 @@ __all__ = [
     "spectral_linear",
     "spectral_sigma",
     "temporal_attention",
+    "temporal_conv",
     "token_map_attention",
 ]

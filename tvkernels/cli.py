@@ -98,6 +98,19 @@ def edit_command(
     negative_prompt: Annotated[
         str | None, typer.Option(help="What the edited clip shall not show.")
     ] = None,
+    words: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="old=new, such as 'red circle=blue star': what changes, for blended-diffusion; "
+            "repeat it. [default: the words by which the prompts differ]"
+        ),
+    ] = None,
+    mask: Annotated[
+        Path | None,
+        typer.Option(
+            help="Image, video or folder, bright where the clip may change, in place of --words."
+        ),
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Same seed, same bytes. [default: 0]")] = None,
     backend: Annotated[
         str | None,
@@ -122,6 +135,39 @@ def edit_command(
         typer.Option(help="Folder that keeps preprocessing. [default: ~/.cache/tvkernels]"),
     ] = None,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Keep and reuse nothing.")] = False,
+    atlas: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="A PNG that `tvk atlas` wrote, edited: the clip is rendered from it, without a "
+            "model. Repeat it for several layers."
+        ),
+    ] = None,
+    atlas_layer: Annotated[
+        str | None, typer.Option(help="Which layer that PNG is. [default: what its name says]")
+    ] = None,
+    atlas_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder that `tvk atlas` wrote, for --atlas or stable-video. [default: the PNG's]"
+        ),
+    ] = None,
+    foreground_prompt: Annotated[
+        str | None,
+        typer.Option(help="Of stable-video: the objects alone. [default: the prompt]"),
+    ] = None,
+    background_prompt: Annotated[
+        str | None,
+        typer.Option(help="Of stable-video: the background alone. [default: it stays]"),
+    ] = None,
+    controlnet_canny: Annotated[
+        str | None, typer.Option(help="Of stable-video: a ControlNet on edges, for the objects.")
+    ] = None,
+    controlnet_depth: Annotated[
+        str | None, typer.Option(help="Of stable-video: one on depth, for the background.")
+    ] = None,
+    depth_model: Annotated[
+        str | None, typer.Option(help="What makes the depth: a model of transformers.")
+    ] = None,
     config: Annotated[
         Path | None,
         typer.Option(
@@ -140,16 +186,80 @@ def edit_command(
         "method": method, "model": model, "frames": frames, "start": start, "stride": stride,
         "size": size, "steps": steps, "tune_steps": tune_steps, "learning_rate": learning_rate,
         "guidance": guidance, "negative_prompt": negative_prompt, "seed": seed,
+        "words": words or None, "mask": mask,
         "backend": backend, "runtime": runtime, "max_memory": max_memory,
         "cache": False if no_cache else cache,
+        "foreground_prompt": foreground_prompt, "background_prompt": background_prompt,
+        "controlnet_canny": controlnet_canny, "controlnet_depth": controlnet_depth,
+        "depth_model": depth_model,
     }  # fmt: skip
     if no_cache and cache is not None:
         raise ConfigError("give either --cache or --no-cache")
+    if atlas:
+        _edit_by_atlas(given, atlas, atlas_layer, atlas_dir, config)
+        return
+    if atlas_layer is not None:
+        raise ConfigError("--atlas-layer goes with --atlas")
+    given["atlas_dir"] = atlas_dir
     settings, notes = read_config(config) if config is not None else ({}, [])
     settings.update({name: value for name, value in given.items() if value is not None})
     from tvkernels.edit import edit
 
     edit(resolve(settings), notes, _say)
+
+
+def _edit_by_atlas(given: dict, pictures: list[Path], layer, folder, config) -> None:
+    from tvkernels.atlas.commands import edit_by_atlas
+
+    options = {"prompts": "prompt"}
+    idle = [f"--{options.get(n, n).replace('_', '-')}" for n, v in given.items() if v is not None]
+    idle = [n for n in idle if n not in ("--clip", "--output")] + ["--config"] * bool(config)
+    if idle:
+        raise ConfigError(f"--atlas renders without a model: leave out {', '.join(idle)}")
+    if given["output"] is None:
+        raise ConfigError("--output is missing: say where to write, such as -o edited.mp4")
+    edit_by_atlas(given["clip"], pictures, given["output"], layer, folder, _say)
+
+
+@app.command("atlas")
+def atlas_command(
+    clip: Annotated[Path, typer.Argument(help="The source: a video file or a folder of images.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="A folder.")],
+    frames: Annotated[int | None, typer.Option(help="Frames to take. [default: all]")] = None,
+    start: Annotated[int, typer.Option(help="First frame to take, from 0.")] = 0,
+    stride: Annotated[int, typer.Option(help="Take every so-manieth frame.")] = 1,
+    size: Annotated[
+        int | None, typer.Option(help="Pixels of the shorter side. [default: the clip's]")
+    ] = None,
+    mask: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Image, video or folder, bright where the object is; repeat it for several "
+            "foreground layers, the front one first. [default: what moves]"
+        ),
+    ] = None,
+    layers: Annotated[int, typer.Option(min=1, help="Foreground layers without masks.")] = 1,
+    steps: Annotated[
+        int | None,
+        typer.Option(min=0, help="Of the training. [default: every pixel is seen 40 times]"),
+    ] = None,
+    points: Annotated[
+        int | None, typer.Option(min=1, help="Pixels in each step. [default: a 32nd of all]")
+    ] = None,
+    flow: Annotated[str, typer.Option(help="dis or farneback.")] = "dis",
+    seed: Annotated[int, typer.Option(min=0, help="Of everything drawn.")] = 0,
+) -> None:
+    """Take a clip apart into layers, each one picture that can be edited by hand.
+
+    `tvk edit CLIP --atlas DIR/background.png -o OUT.mp4` renders the clip from an edited one.
+    """
+    from tvkernels.atlas import AtlasSettings
+    from tvkernels.atlas.commands import Cut, make_atlas
+
+    if mask and layers > 1:
+        raise ConfigError("give either --layers or a --mask for each of them")
+    settings = AtlasSettings(steps=steps, points=points, layers=layers, flow=flow)
+    make_atlas(clip, output, Cut(start, stride, frames, size), mask or (), settings, seed, _say)
 
 
 @app.command("export")
@@ -237,11 +347,12 @@ def info(
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="A folder.")] = Path("out/demo"),
     clips: Annotated[int, typer.Option(min=1, help="Clips of the shapes world.")] = 3,
+    every: Annotated[bool, typer.Option("--all", help="Every method, in place of three.")] = False,
 ) -> None:
-    """Edit clips with known answers by every method, and measure the results."""
-    from tvkernels.demo.run import run
+    """Edit clips with known answers by several methods, and measure the results."""
+    from tvkernels.demo.run import QUICK, run
 
-    run(output, clips, console(), _say)
+    run(output, clips, console(), _say, tuple(METHODS) if every else QUICK)
 
 
 @app.command()

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from tvkernels.pipelines.words import parse_pair
 
 EMBEDDED = "embedded"
 """The name of the model that the package carries."""
@@ -43,6 +45,14 @@ def _size_text(text: str) -> str:
     return text
 
 
+def _pair_text(text: str) -> str:
+    return "=".join(parse_pair(text))
+
+
+def _several(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
 class EditSettings(BaseModel):
     """What an edit is made from. None stands for what the method, the model or the clip say.
 
@@ -53,6 +63,12 @@ class EditSettings(BaseModel):
         source_prompt: what the clip shows.
         prompts: what the edited clips shall show, one output each.
         negative_prompt: what the unconditional half of the guidance is told.
+        words: "old=new" each: what changes between the prompts, for methods that mask it.
+        mask: image, video or folder, bright where the clip may change, in place of words.
+        foreground_prompt, background_prompt: StableVideo's, apart; without, the prompt is the
+            foreground's and the background stays.
+        controlnet_canny, controlnet_depth, depth_model: folders or hub names of its guides.
+        atlas_dir: folder of an atlas that `tvk atlas` made of the same frames.
         start, stride, frames: the frames taken: from which, every how many, how many.
         size: pixels of the shorter side, or (height, width).
         crop: keep the proportions and cut what hangs over; False squeezes.
@@ -77,6 +93,16 @@ class EditSettings(BaseModel):
     source_prompt: str | None = None
     prompts: Annotated[list[str], Field(min_length=1)] | None = None
     negative_prompt: str = ""
+    words: Annotated[
+        list[Annotated[str, AfterValidator(_pair_text)]] | None, BeforeValidator(_several)
+    ] = None
+    mask: Path | None = None
+    foreground_prompt: str | None = None
+    background_prompt: str | None = None
+    controlnet_canny: str | None = None
+    controlnet_depth: str | None = None
+    depth_model: str | None = None
+    atlas_dir: Path | None = None
     start: Annotated[int, Field(ge=0)] = 0
     stride: Count = 1
     frames: Count | None = None

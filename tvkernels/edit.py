@@ -18,9 +18,19 @@ from typing import TYPE_CHECKING, Any
 from tvkernels.config import EMBEDDED, ConfigError, EditSettings, parse_bytes
 from tvkernels.demo import MODEL_DIR
 from tvkernels.demo.settings import OVERRIDES
-from tvkernels.pipelines import METHODS
+from tvkernels.pipelines import METHODS, TAKES
 from tvkernels.pipelines.checks import ModelError, check_model_folder, model_size
-from tvkernels.video import OUTPUTS, Video, VideoError, check_output, read_video, write_video
+from tvkernels.pipelines.guides import load_guides, prepared
+from tvkernels.pipelines.words import WordError, changed_words, check_words
+from tvkernels.video import (
+    OUTPUTS,
+    Video,
+    VideoError,
+    check_output,
+    read_mask,
+    read_video,
+    write_video,
+)
 from tvkernels.video._files import atomic_path
 from tvkernels.video.io import GIF_MAX_FPS
 
@@ -52,6 +62,7 @@ def edit(given: EditSettings, notes: list[str], say: Callable[[str], None]) -> l
     """
     began = time.perf_counter()
     outputs = check(given)
+    words = [prompt_words(given, prompt) for prompt in given.prompts]
     model = MODEL_DIR if given.model == EMBEDDED else given.model
     size, multiple = _size(given, *model_size(model))
     if given.frames is not None:
@@ -74,17 +85,28 @@ def edit(given: EditSettings, notes: list[str], say: Callable[[str], None]) -> l
         update={**chosen, "frames": len(video), "size": video.frames.shape[1:3]}
     )
     height, width = settings.size
+    extras = [{} if pairs is None else {"words": pairs} for pairs in words]
+    fitting: dict[str, Any] = {}
+    if "atlas_dir" in TAKES.get(given.method, ()):
+        fitting = prepared(video.frames, settings.mask, settings.atlas_dir)
+        names = ("foreground_prompt", "background_prompt")
+        extras = [{name: getattr(settings, name) for name in names}] * len(outputs)
+    elif given.mask is not None:
+        extras = [{"mask": read_mask(given.mask, len(video), settings.size)}] * len(outputs)
     say(
         f"{settings.method}, {settings.model} model: {settings.frames} frames of "
         f"{width} x {height}, tuning {settings.tune_steps} steps at "
         f"{settings.learning_rate:g}, DDIM {settings.steps} steps, "
         f"guidance {settings.guidance:g}, seed {settings.seed}"
     )
-    said = [text for name, text in said.items() if name in chosen]
+    said = [text for name, text in said.items() if name in chosen or name not in NUMBERS]
     if said:
         say(f"for the embedded model, in place of the method's own: {', '.join(said)}")
     for note in notes:
         say(note)
+    for pairs in words if given.words is None else ():
+        if pairs is not None:
+            say(f"words that change: {', '.join(f'{old} -> {new}' for old, new in pairs)}")
     check_runtime(settings)
     plan = None
     if settings.max_memory is not None:
@@ -93,17 +115,25 @@ def edit(given: EditSettings, notes: list[str], say: Callable[[str], None]) -> l
     clock = Clock()
     with clock("load"):
         offload = plan is not None and plan.offload
-        pipe = load_pipeline(settings.method, str(model), settings.backend, offload=offload)
+        pipe = load_pipeline(
+            settings.method, str(model), settings.backend, offload=offload, settings=numbers,
+            **load_guides(
+                settings.controlnet_canny, settings.controlnet_depth, settings.depth_model
+            ),
+        )  # fmt: skip
         if plan is not None and plan.tile is not None:
             from tvkernels.runtime.memory import tile_vae
 
             tile_vae(pipe.vae, plan.tile)
         pipe.accelerate(settings.runtime)
     cache = _cache(settings)
+    if hasattr(pipe, "what_guides"):
+        say(pipe.what_guides())
     with runtime_refusals(settings):
-        hits = preprocess(pipe, video, settings, cache, clock, say, plan)
+        hits = preprocess(pipe, video, settings, cache, clock, say, plan, **fitting)
+    others = {n for taken in TAKES.values() for n in taken} - {*TAKES.get(settings.method, ())}
     record = {
-        "settings": settings.model_dump(mode="json", exclude={"output_dir"}),
+        "settings": settings.model_dump(mode="json", exclude={"output_dir", *others}),
         "versions": versions(),
         "model": {"name": settings.model, "unet": type(pipe.unet).__name__},
         "device": device_name(pipe._execution_device),
@@ -111,13 +141,15 @@ def edit(given: EditSettings, notes: list[str], say: Callable[[str], None]) -> l
         "memory": None if plan is None else {**asdict(plan), "peak": plan.peak},
         "notes": [*said, *notes],
     }
-    for prompt, output in zip(settings.prompts, outputs, strict=True):
+    for prompt, output, extra in zip(settings.prompts, outputs, extras, strict=True):
         with clock("sampling"), runtime_refusals(settings):
             pipe.set_progress_bar_config(desc="sampling", leave=False, disable=None)
-            latents = sample(pipe, prompt, settings, plan)
+            latents = sample(pipe, prompt, settings, plan, **extra)
         with clock("decoding"):
             write_video(output, decode(pipe, latents, plan), video.fps)
         record["settings"].update(prompts=[prompt], output=str(output))
+        if "words" in extra:
+            record["settings"]["words"] = ["=".join(pair) for pair in extra["words"]]
         record["seconds"] = {**clock.seconds, "total": round(time.perf_counter() - began, 2)}
         record["date"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
         kept = output.with_suffix(".json")
@@ -143,6 +175,15 @@ def check(given: EditSettings) -> list[Path]:
         raise VideoError(f"{given.clip} does not exist")
     if given.model != EMBEDDED:
         check_model_folder(given.model)
+    for name in dict.fromkeys(name for taken in TAKES.values() for name in taken):
+        if getattr(given, name) is not None and name not in TAKES.get(given.method, ()):
+            those = ", ".join(method for method, taken in TAKES.items() if name in taken)
+            option = name.replace("_", "-")
+            raise ConfigError(f"{given.method} takes no --{option}: leave it out, or use {those}")
+    if "atlas_dir" in TAKES.get(given.method, ()):
+        _check_stable_video(given)
+    if given.words and given.mask:
+        raise ConfigError("give either --words or --mask: a mask takes the words' place")
     outputs = _outputs(given)
     for output in outputs:
         check_output(output, OUTPUTS)
@@ -154,6 +195,33 @@ def check(given: EditSettings) -> list[Path]:
     if isinstance(given.cache, Path):
         check_output(given.cache / "entry", ("",))
     return outputs
+
+
+def _check_stable_video(given: EditSettings) -> None:
+    if given.max_memory is not None:
+        raise ConfigError("--max-memory does not account for stable-video's atlas: leave it out")
+    if given.runtime != "eager" and (given.controlnet_canny or given.controlnet_depth):
+        raise ConfigError(f"the runtime {given.runtime} takes no ControlNet: leave one out")
+    if (given.controlnet_depth is None) != (given.depth_model is None):
+        raise ConfigError("--controlnet-depth and --depth-model go together: give both or neither")
+    if given.atlas_dir is not None and given.mask is not None:
+        raise ConfigError("give either --atlas-dir or --mask: the atlas has its layers already")
+
+
+def prompt_words(given: EditSettings, prompt: str) -> list[tuple[str, str]] | None:
+    """The (old, new) words that change for a prompt; None where the method asks for none.
+
+    Raises:
+        ConfigError: a word is not in its prompt, or the differing ones cannot be told.
+    """
+    if given.mask is not None or "words" not in TAKES.get(given.method, ()):
+        return None
+    try:
+        if given.words is None:
+            return changed_words(given.source_prompt, prompt)
+        return check_words(given.words, given.source_prompt, prompt)
+    except WordError as error:
+        raise ConfigError(f"--words: {error}") from None
 
 
 def _outputs(given: EditSettings) -> list[Path]:
@@ -207,8 +275,14 @@ def method_numbers(method: str, embedded: bool) -> tuple[Settings, dict[str, str
     own = _pipeline_class(method).settings
     overrides = OVERRIDES.get(method, {}) if embedded else {}
     changed = {n: v for n, v in overrides.items() if getattr(own, n) != v}
-    said = {n: f"{n} {value:g} ({getattr(own, n):g})" for n, value in changed.items()}
+    said = {n: f"{n} {_plain(value)} ({_plain(getattr(own, n))})" for n, value in changed.items()}
     return replace(own, **changed), said
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ", ".join(map(str, value))
+    return f"{value:g}" if isinstance(value, (int, float)) else str(value)
 
 
 def load_pipeline(
@@ -254,7 +328,19 @@ def check_runtime(settings: EditSettings) -> None:
         ConfigError: it cannot, with every reason, or its memory cannot be accounted for.
     """
     from tvkernels.runtime import why_not
+    from tvkernels.runtime.runner import MAPPING
 
+    if "words" in TAKES.get(settings.method, ()):
+        if settings.max_memory is not None:
+            raise ConfigError(
+                f"--max-memory does not account for what {settings.method} keeps of every step: "
+                "leave it out"
+            )
+        if settings.mask is None and settings.runtime not in MAPPING:
+            raise ConfigError(
+                f"the runtime {settings.runtime} gives no maps of words, of which "
+                f"{settings.method} makes its mask: use {' or '.join(MAPPING)}, or give --mask"
+            )
     if settings.runtime == "eager":
         return
     if settings.max_memory is not None:
@@ -332,9 +418,12 @@ def _pipeline_class(method: str) -> type[OneShotPipeline]:
 
 def preprocess(
     pipe: OneShotPipeline, video: Video, settings: EditSettings, cache: Cache | None,
-    clock: Clock, say: Callable[[str], None], plan: Plan | None = None,
+    clock: Clock, say: Callable[[str], None], plan: Plan | None = None, **fitting,
 ) -> dict[str, str]:  # fmt: skip
-    """Tunes and inverts; says what came from the cache, "hit", "miss" or "off" for each."""
+    """Tunes and inverts; says what came from the cache, "hit", "miss" or "off" for each.
+
+    `fitting` is what the method's `fit` takes alone.
+    """
     import torch
 
     hits = {}
@@ -349,12 +438,12 @@ def preprocess(
                     video.frames, settings.source_prompt, num_steps=settings.tune_steps,
                     learning_rate=settings.learning_rate,
                     generator=torch.Generator().manual_seed(settings.seed),
-                    gradient_checkpointing=bool(checkpointing), cache=cache, **chunk,
+                    gradient_checkpointing=bool(checkpointing), cache=cache, **chunk, **fitting,
                 )  # fmt: skip
             else:
                 pipe.invert(video.frames, num_inference_steps=settings.steps, cache=cache, **chunk)
         hits[stage] = "off" if cache is None else "hit" if cache.hits > before else "miss"
-        if stage == "tuning" and not settings.tune_steps:
+        if stage == "tuning" and not settings.tune_steps and not pipe.in_pixels:
             hits[stage] = "off"
             continue
         source = "taken from the cache" if hits[stage] == "hit" else "done"
@@ -363,14 +452,18 @@ def preprocess(
 
 
 def sample(
-    pipe: OneShotPipeline, prompt: str, settings: EditSettings, plan: Plan | None = None
+    pipe: OneShotPipeline, prompt: str, settings: EditSettings, plan: Plan | None = None, **extra
 ) -> Tensor:
-    """The edited clip's latents [F, 4, h, w]."""
+    """The edited clip's latents [F, 4, h, w], or its pixels [1, F, 3, H, W] where the method
+    composes them; `extra` is what the method's call takes alone.
+    """
     # Where a program is compiled for a number of clips, inversion's of one serves both halves too.
     split = settings.runtime in ("compile", "aoti") or (plan is not None and plan.split_guidance)
     return pipe(
         prompt, num_inference_steps=settings.steps, guidance_scale=settings.guidance,
-        negative_prompt=settings.negative_prompt, output_type="latent", split_guidance=split,
+        negative_prompt=settings.negative_prompt, split_guidance=split,
+        output_type="pt" if pipe.in_pixels else "latent",
+        **extra,
     ).frames  # fmt: skip
 
 
@@ -383,6 +476,9 @@ def decode(
     """
     from tvkernels.pipelines.common import decode_chunks
 
+    if pipe.in_pixels:
+        yield from fetch_bytes(latents[0])()
+        return
     chunk = {} if plan is None else {"chunk": plan.chunk}
     waiting = None
     for pixels in decode_chunks(pipe.vae, latents, **chunk):

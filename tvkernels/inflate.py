@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from functools import partial
 from itertools import accumulate, pairwise
 
@@ -13,7 +16,9 @@ from tvkernels.nn import (
     ShiftRestrictedTemporalAttention,
     SpectralLinear,
     TemporalAttention,
+    TemporalUNet,
 )
+from tvkernels.nn.temporal_unet import Joint
 from tvkernels.nn.time import TimeEmbedding, TimeProjection
 from tvkernels.patterns import FramePattern
 from tvkernels.processors.attention import TextAttnProcessor, project_context
@@ -24,7 +29,7 @@ from tvkernels.processors.install import (
     check_replaceable,
     choose_processors,
 )
-from tvkernels.recipes import Recipe, TemporalModule
+from tvkernels.recipes import Recipe, TemporalModule, TemporalUnet
 
 # Inputs beside the text that other families need (SDXL, unCLIP, class-conditional models).
 FOREIGN = ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type", "num_class_embeds")
@@ -180,7 +185,7 @@ def inflate(
         unet: diffusers' UNet2DConditionModel of the SD-1.x family.
         recipe: `tvkernels.recipes.EI2`, `TUNE_A_VIDEO`, or one's own.
         num_frames: frames per clip, if the same for every call; see `install`.
-        backend: of frame_attention.
+        backend: of frame_attention, and of token_map_attention where a call asks for maps.
         attention: another library's in place of ours and PyTorch's own, see `install`.
         generator: draws the added modules' weights; torch's default one if None.
     Returns:
@@ -203,7 +208,7 @@ def inflate(
     check_replaceable(cross)
     handle = InflatedHandle(unet, clip, recipe)
     try:
-        chosen |= _text_processors(cross, clip, attention or "sdpa")
+        chosen |= _text_processors(cross, clip, attention or "sdpa", backend)
         for name, processor in chosen.items():
             handle.set_processor(name, layers[name], processor)
         _snapshot(handle)
@@ -212,6 +217,8 @@ def inflate(
             _pool_group_norms(handle)
         if recipe.temporal is not None:
             _add_temporal(handle, recipe.temporal, generator)
+        if recipe.temporal_unet is not None:
+            _add_temporal_unet(handle, recipe.temporal_unet, generator)
     except BaseException:
         handle.remove()
         raise
@@ -268,12 +275,12 @@ def spans(widths: list[int]) -> list[Span]:
 
 
 def _text_processors(
-    cross: dict[str, nn.Module], clip: Clip, library: str
+    cross: dict[str, nn.Module], clip: Clip, library: str, backend: str
 ) -> dict[str, TextAttnProcessor]:
     parts = spans([2 * layer.inner_kv_dim for layer in cross.values()])
     return {
         name: TextAttnProcessor(
-            clip, None if part.total == layer.cross_attention_dim else part, library
+            clip, None if part.total == layer.cross_attention_dim else part, library, backend
         )
         for (name, layer), part in zip(cross.items(), parts, strict=True)
     }
@@ -341,12 +348,40 @@ def build_temporal(
     Raises:
         ValueError: spectral norms without centering, or with a zero start, which has no norm.
     """
-    with torch.random.fork_rng(enabled=generator is not None, devices=()):
-        if generator is not None:
-            seed = torch.randint(2**62, (), generator=generator, device=generator.device)
-            torch.manual_seed(seed.item())
+    with _drawn_by(generator):
         if not spec.spectral:
             return TemporalAttention(dim, heads, spec.norm, spec.start)
         if spec.norm != "centering" or spec.start != "zero_bias":
             raise ValueError(f"spectral norms need centering and a zero bias, got {spec}")
         return ShiftRestrictedTemporalAttention(dim, heads)
+
+
+def _add_temporal_unet(
+    handle: InflatedHandle, spec: TemporalUnet, generator: torch.Generator | None
+) -> None:
+    unet, config = handle.model, handle.model.config
+    heads = next(m.heads for name, m in attention_layers(unet).items() if name.endswith("attn1"))
+    with _drawn_by(generator):
+        net = TemporalUNet(
+            config.in_channels, config.block_out_channels, config.layers_per_block,
+            config.norm_num_groups, heads, middle=unet.mid_block is not None, **asdict(spec),
+        )  # fmt: skip
+    unet.temporal_unet = net.to(unet.device, unet.dtype).train(unet.training)
+    handle._undo.append(partial(delattr, unet, "temporal_unet"))
+    joint = Joint(handle.clip, net)
+    hooks = [(unet.conv_in, joint.begin)] if spec.branch else []
+    if net.mid_stb is not None:
+        hooks.append((unet.mid_block, partial(joint.join, net.mid_stb)))
+    pairs = zip(unet.up_blocks, net.up_stb, strict=True)
+    hooks += [(block, partial(joint.join, unit)) for block, unit in pairs]
+    handle._undo += [block.register_forward_hook(run).remove for block, run in hooks]
+
+
+@contextmanager
+def _drawn_by(generator: torch.Generator | None) -> Iterator[None]:
+    """Inside, torch's own draws follow a generator, if there is one."""
+    with torch.random.fork_rng(enabled=generator is not None, devices=()):
+        if generator is not None:
+            seed = torch.randint(2**62, (), generator=generator, device=generator.device)
+            torch.manual_seed(seed.item())
+        yield

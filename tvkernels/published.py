@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 import torch
@@ -9,12 +10,18 @@ from torch import Tensor, nn
 
 from tvkernels.inflate import InflatedHandle
 
+TCVE_PART = re.compile(r"^(\w+)_TempUnet\.")
+DEAD = "down_stb_TempUnet."
+ADDED = "temporal_unet."
+
 
 def load_published(unet: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     """Fills an inflated UNet from a published checkpoint's state dict, strictly.
 
     Understands Tune-A-Video's names (diffusers 0.11's `UNet3DConditionModel`: the 2-D UNet's names
-    with `attn_temp` and `norm_temp` in each transformer block).
+    with `attn_temp` and `norm_temp` in each transformer block), and TCVE's, whose temporal parts
+    end in `_TempUnet`; of these the units of the down blocks, which its code never calls, are not
+    read.
 
     Args:
         unet: a UNet that `tvkernels.inflate` turned into the checkpoint's recipe.
@@ -26,7 +33,7 @@ def load_published(unet: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     handle = getattr(unet, "_tvkernels_handle", None)
     if not isinstance(handle, InflatedHandle):
         raise ValueError("inflate the UNet to the checkpoint's recipe first")
-    renamed = {n.replace(".norm_temp.", ".attn_temp.norm."): t for n, t in state_dict.items()}
+    renamed = {_own_name(n): t for n, t in state_dict.items() if not n.startswith(DEAD)}
     own = unet.state_dict()
     problems = [f"{name} is missing" for name in own.keys() - renamed.keys()]
     problems += [f"{name} is unknown" for name in renamed.keys() - own.keys()]
@@ -42,6 +49,12 @@ def load_published(unet: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
             f"{'; '.join(problems[:3])} ({len(problems)} in all)"
         )
     # A checkpoint tuned from other base weights changes more than `remove` knows of.
-    base = {name: tensor for name, tensor in own.items() if ".attn_temp." not in name}
+    base = {n: t for n, t in own.items() if ".attn_temp." not in n and not n.startswith(ADDED)}
     handle.keep({n: t for n, t in base.items() if not torch.equal(t, renamed[n].to(t))})
     unet.load_state_dict(renamed)
+
+
+def _own_name(published: str) -> str:
+    """A published name as ours: `X_TempUnet.rest` is part X of the temporal U-Net."""
+    name = TCVE_PART.sub(rf"{ADDED}\1.", published)
+    return name.replace(".norm_temp.", ".attn_temp.norm.")

@@ -25,6 +25,24 @@ class TemporalModule:
 
 
 @dataclass(frozen=True)
+class TemporalUnet:
+    """A U-Net over frames beside the spatial one, and the units that join both (TCVE, IV-B).
+
+    Args:
+        weight: lambda, of what a unit adds to the spatial features.
+        branch: without it there are units alone, whose attention reads the spatial features.
+        unit: without them the branch's features are added as they are.
+        attention, convolution: whether units have either.
+    """
+
+    weight: float = 0.1
+    branch: bool = True
+    unit: bool = True
+    attention: bool = True
+    convolution: bool = True
+
+
+@dataclass(frozen=True)
 class Recipe:
     """How a 2-D UNet becomes a method's video UNet; `tvkernels.inflate` carries it out.
 
@@ -34,6 +52,7 @@ class Recipe:
         pattern: frames that self-attention reads, for all layers or ((prefix, pattern), ...).
         temporal: the module over frames, or None.
         clip_group_norm: the ResNets' group norms and the last one pool statistics over frames.
+        temporal_unet: the U-Net over frames beside this one, or None.
         tuned: parts of parameter names that tuning reaches; everything else is frozen.
     """
 
@@ -42,6 +61,7 @@ class Recipe:
     pattern: FramePattern | tuple[tuple[str, FramePattern], ...]
     temporal: TemporalModule | None = None
     clip_group_norm: bool = False
+    temporal_unet: TemporalUnet | None = None
     tuned: tuple[str, ...] = ()
 
 
@@ -73,9 +93,39 @@ EI2 = Recipe(
     tuned=("attn1.to_q", "attn2.to_q", "attn_temp"),
 )
 
+# As published: its code is Tune-A-Video's with the temporal U-Net beside it, and tunes W_q and
+# attn_temp too, where the paper freezes a plain 2-D UNet.
+TCVE = replace(
+    TUNE_A_VIDEO,
+    name="tcve",
+    source="TCVE, arXiv 2308.09091; github.com/mdswyz/TCVE unet.py, unet_blocks.py",
+    temporal_unet=TemporalUnet(),
+    tuned=(*TUNE_A_VIDEO.tuned, "temporal_unet"),
+)
+TCVE_PAPER = replace(
+    TCVE,
+    name="tcve-paper",
+    pattern=FramePattern.own(),
+    temporal=None,
+    clip_group_norm=False,
+    tuned=("temporal_unet",),
+)
+
+# Equation 6 alone: nothing is added and nothing tuned, so that what the norms of ResNets pool is
+# not the paper's to say; each frame keeps its own, as the pretrained weights know them.
+BLENDED_DIFFUSION = Recipe(
+    "blended-diffusion",
+    "Blended latent diffusion under attention control, arXiv 2409.03514, eq. 6",
+    FramePattern.previous_own(),
+)
+
 
 def _variant(base: Recipe, name: str, norm: str) -> Recipe:
     return replace(base, name=name, temporal=replace(base.temporal, norm=norm))
+
+
+def _without(name: str, **parts: bool) -> Recipe:
+    return replace(TCVE, name=f"tcve-no-{name}", temporal_unet=TemporalUnet(**parts))
 
 
 # EI2's figure 4 changes Tune-A-Video's temporal module alone, figure 5 EI2's pattern alone.
@@ -83,6 +133,8 @@ def _variant(base: Recipe, name: str, norm: str) -> Recipe:
 # Sparse-causal EI2 is also figure 4's last step, Tune-A-Video with centering and spectral norms.
 # The frame norms are not the papers': both take the clip-wide ones over from public code, and
 # these say what that costs a model which was trained on single pictures.
+# TCVE's tables II (no temporal U-Net, no unit) and III (a unit without either part) change the
+# published form; its other form is the paper's.
 ABLATIONS = {
     recipe.name: recipe
     for recipe in (
@@ -94,7 +146,14 @@ ABLATIONS = {
         replace(EI2, name="ei2-r4", pattern=FramePattern.fine_coarse(4)),
         replace(TUNE_A_VIDEO, name="tav-frame-norm", clip_group_norm=False),
         replace(EI2, name="ei2-frame-norm", clip_group_norm=False),
+        TCVE_PAPER,
+        _without("temporal-unet", branch=False),
+        _without("unit", unit=False),
+        _without("attention", attention=False),
+        _without("3d-convolution", convolution=False),
     )
 }
 
-RECIPES = {recipe.name: recipe for recipe in (FRAME_BY_FRAME, TUNE_A_VIDEO, EI2)}
+RECIPES = {
+    recipe.name: recipe for recipe in (FRAME_BY_FRAME, TUNE_A_VIDEO, EI2, TCVE, BLENDED_DIFFUSION)
+}

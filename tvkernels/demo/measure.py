@@ -26,8 +26,8 @@ class Edited:
     Attributes:
         frames: uint8 [F, H, W, 3].
         measures: accuracy, color, shape (shares of frames), psnr (dB), temporal, object,
-            background (temporal errors, [0, 1]), preprocess_s, edit_s, peak_mib; None where
-            there is nothing to measure.
+            background (temporal errors, [0, 1]), iou (of an automatic mask, see `mask_iou`),
+            preprocess_s, edit_s, peak_mib; None where there is nothing to measure.
     """
 
     frames: np.ndarray
@@ -41,6 +41,7 @@ def edit_scene(
     target: Scene,
     frames: np.ndarray | None = None,
     seed: int = 0,
+    masked: str | None = None,
 ) -> Edited:
     """Tunes on a scene, inverts it, edits it into another and measures; no cache is used.
 
@@ -50,6 +51,8 @@ def edit_scene(
         source, target: the scene and its edit.
         frames: the source as read from a file, uint8 [F, H, W, 3]; None renders it.
         seed: of everything drawn.
+        masked: for methods that edit a region, whether it is told by "words", the captions' names
+            of the object, or by the "true" masks; None for methods that take neither.
     """
     clip, truth = source.render(), target.render()
     frames = clip.frames if frames is None else frames
@@ -62,11 +65,18 @@ def edit_scene(
     )  # fmt: skip
     pipe.set_progress_bar_config(leave=False, disable=None, desc="inversion")
     pipe.invert(frames, num_inference_steps=numbers.steps)
+    told: dict[str, Any] = {}
+    if masked is not None:
+        told["generator"] = torch.Generator().manual_seed(seed)
+        things = source.objects[0], target.objects[0]
+        names = tuple(f"{thing.color} {thing.shape}" for thing in things)
+        true = np.maximum(clip.masks, truth.masks) > 0
+        told |= {"words": [names]} if masked == "words" else {"mask": true}
     prepared = time.perf_counter()
     pipe.set_progress_bar_config(leave=False, disable=None, desc="sampling")
     pixels = pipe(
         target.caption, num_inference_steps=numbers.steps, guidance_scale=numbers.guidance,
-        output_type="pt",
+        output_type="pt", **told,
     ).frames[0]  # fmt: skip
     edited = fetch_bytes(pixels)()
     done = time.perf_counter()
@@ -82,11 +92,28 @@ def edit_scene(
         "temporal": temporal["all"],
         "object": temporal["object"],
         "background": temporal["background"],
+        "iou": mask_iou(pipe.mask, true) if masked == "words" else None,
         "preprocess_s": prepared - began,
         "edit_s": done - prepared,
         "peak_mib": memory.peak_mib(),
     }
     return Edited(edited, measures)
+
+
+def mask_iou(mask: torch.Tensor, true: np.ndarray) -> float:
+    """Intersection over union of an edit's last mask with the object, over all frames.
+
+    Counted on the latents, of which any is the object's that holds a pixel of the source's or the
+    target's true mask: what an edit must cover, and what a method makes of the true mask given.
+
+    Args:
+        mask: bool [F, h, w].
+        true: bool [F, H, W], the union of both true masks.
+    """
+    cell = true.shape[1] // mask.shape[1]
+    pixels = torch.from_numpy(true).float()[:, None]
+    wanted = torch.nn.functional.max_pool2d(pixels, cell)[:, 0].to(mask.device) > 0
+    return ((mask & wanted).sum() / (mask | wanted).sum()).item()
 
 
 class PeakMemory:

@@ -3,6 +3,7 @@
 from tvkernels.nn.norm import ClipGroupNorm, InstanceCentering
 from tvkernels.nn.spectral import SpectralLinear
 from tvkernels.nn.temporal import ShiftRestrictedTemporalAttention, TemporalAttention
+from tvkernels.nn.temporal_unet import TemporalUNet
 
 __all__ = [
     "ClipGroupNorm",
@@ -10,4 +11,5 @@ __all__ = [
     "ShiftRestrictedTemporalAttention",
     "SpectralLinear",
     "TemporalAttention",
+    "TemporalUNet",
 ]

@@ -31,7 +31,7 @@ class TemporalAttention(nn.Module):
         dim: channels C.
         heads: attention heads; C must be a multiple.
         norm: a key of `NORMS`.
-        start: see `tvkernels.recipes.TemporalModule`.
+        start: see `tvkernels.recipes.TemporalModule`; "random" is as torch draws all of it.
     """
 
     linear_out: type[nn.Linear] = nn.Linear
@@ -46,18 +46,23 @@ class TemporalAttention(nn.Module):
         self.to_k = nn.Linear(dim, dim, bias=False)
         self.to_v = self.linear_out(dim, dim, bias=False)
         self.to_out = nn.ModuleList([self.linear_out(dim, dim), nn.Dropout(0.0)])
-        zero = {"zero_weight": self.to_out[0].weight, "zero_bias": self.to_out[0].bias}[start]
-        nn.init.zeros_(zero)
+        out = self.to_out[0]
+        for zero in {"zero_weight": [out.weight], "zero_bias": [out.bias], "random": []}[start]:
+            nn.init.zeros_(zero)
 
     def forward(self, z: Tensor) -> Tensor:
         """[B, F, N, C] -> the same shape."""
+        return z + self.attend(z)
+
+    def attend(self, z: Tensor) -> Tensor:
+        """What is added to z."""
         hidden = self.norm(z)
         q, k, v = (
             project(hidden).unflatten(-1, (self.heads, -1))
             for project in (self.to_q, self.to_k, self.to_v)
         )
         out = temporal_attention(q, k, v).flatten(3)
-        return z + self.to_out[1](self.to_out[0](out))
+        return self.to_out[1](self.to_out[0](out))
 
 
 class ShiftRestrictedTemporalAttention(TemporalAttention):

@@ -15,6 +15,10 @@ NAMES = (
     "guided_ddim_step",
     "latent_blend",
     "clip_group_norm",
+    "atlas_sample",
+    "atlas_splat",
+    "atlas_composite",
+    "temporal_conv",
 )
 
 

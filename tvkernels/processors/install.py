@@ -28,6 +28,8 @@ REMEDIES = {
     "XFormersAttnProcessor": "call disable_xformers_memory_efficient_attention() first",
 }
 
+OPTIONAL = ("tables", "maps")  # what a call need not tell our processors
+
 Patterns = FramePattern | Mapping[str, FramePattern]
 
 
@@ -107,8 +109,7 @@ class Handle:
         if named:
             # Layers left alone would warn of keywords that they do not know.
             named.pop("num_frames", None)
-            if named.get("tables") is None:
-                named.pop("tables", None)
+            named = {n: v for n, v in named.items() if v is not None or n not in OPTIONAL}
             kwargs = {**kwargs, "cross_attention_kwargs": named or None}
         sample = args[0] if args else kwargs["sample"]
         if sample.dim() == 5:  # [B, C, F, h, w]: UNet3DConditionModel and UNetMotionModel

@@ -135,6 +135,7 @@ def describe_recipe(recipe: Recipe) -> dict[str, Any]:
         "pattern": {prefix: asdict(rules) for prefix, rules in layers.items()},
         "temporal": asdict(recipe.temporal) if recipe.temporal else None,
         "clip_group_norm": recipe.clip_group_norm,
+        "temporal_unet": asdict(recipe.temporal_unet) if recipe.temporal_unet else None,
     }
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tvkernels._dispatch import OPS
 from tvkernels.inflate import InflatedHandle
 from tvkernels.patterns import FramePattern, FrameTable
+from tvkernels.processors.maps import LEVELS, TokenMaps
 
 INPUTS = ("sample", "timestep", "encoder_hidden_states")
 OUTPUT = "out_sample"
@@ -59,8 +60,10 @@ class VideoStep(nn.Module):
         timestep: Tensor,
         encoder_hidden_states: Tensor,
         tables: Sequence[FrameTable] | None = None,
-    ) -> Tensor:
-        """The noise [B * F, 4, h, w].
+        tokens: Tensor | None = None,
+        levels: Sequence[int] = LEVELS,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """The noise [B * F, 4, h, w]; with `tokens` also their maps, see `TokenMaps.mean`.
 
         Args:
             sample: [B * F, 4, h, w], all frames of a clip together, or [B, F, 4, h, w].
@@ -68,6 +71,7 @@ class VideoStep(nn.Module):
             encoder_hidden_states: [B, L, C] text states, or [B, L, P] of
                 `InflatedHandle.project_text`.
             tables: compiled patterns, `Handle.tables`.
+            tokens, levels: of `TokenMaps`.
         """
         # Sizes are never divided: products alone stay simple where they are symbols.
         if self.frames is None:
@@ -76,7 +80,8 @@ class VideoStep(nn.Module):
             frames = self.frames
             sample = sample.reshape(encoder_hidden_states.shape[0] * frames, *sample.shape[1:])
         known = timestep.dim() == 2
-        return self.unet(
+        maps = None if tokens is None else TokenMaps(tokens, levels)
+        noise = self.unet(
             sample,
             timestep.new_zeros(()) if known else timestep,
             encoder_hidden_states,
@@ -84,9 +89,11 @@ class VideoStep(nn.Module):
             cross_attention_kwargs={
                 "num_frames": frames,
                 "tables": self.tables if tables is None else tables,
+                "maps": maps,
             },
             return_dict=False,
         )[0]
+        return noise if maps is None else (noise, maps.mean())
 
 
 @dataclass(frozen=True)
@@ -129,7 +136,8 @@ def mixes_frames(handle: InflatedHandle) -> bool:
     """Whether a frame's result depends on other frames of its clip."""
     recipe = handle.recipe
     own = recipe.pattern == FramePattern.own()
-    return not own or recipe.temporal is not None or recipe.clip_group_norm
+    added = recipe.temporal is not None or recipe.temporal_unet is not None
+    return not own or added or recipe.clip_group_norm
 
 
 def shape_of(

@@ -12,11 +12,14 @@ from torch import Tensor, nn
 from tvkernels._dispatch import BackendError
 from tvkernels.inflate import InflatedHandle
 from tvkernels.patterns import FrameTable
+from tvkernels.processors.maps import LEVELS
 from tvkernels.runtime.program import mixes_frames, shape_of
 
 # Each is a module beside this one. There is no "auto": what is fastest depends on how often the
 # prepared form is used, which only the caller knows.
 BACKENDS = ("eager", "compile", "cuda_graph", "onnx", "tensorrt", "aoti")
+# Those whose steps give words' maps too: a captured graph and a file have one output.
+MAPPING = ("eager", "compile")
 
 Step = Callable[..., Tensor]
 
@@ -116,6 +119,8 @@ class Runner:
         *,
         cross_attention_kwargs: dict | None = None,
         tables: Sequence[FrameTable] | None = None,
+        tokens: Tensor | None = None,
+        levels: Sequence[int] = LEVELS,
         return_dict: bool = True,
     ):
         """The noise in `sample`, in diffusers' form.
@@ -128,7 +133,11 @@ class Runner:
                 tells already.
             tables: compiled patterns in place of the recipe's, `Handle.tables`; eager, compile
                 and cuda_graph alone.
-            return_dict: an object with `sample`, else a tuple.
+            tokens: int64 [T], positions in the text whose maps are asked for too; `MAPPING` alone,
+                and without `return_dict`.
+            levels: the layers that are looked at, see `processors.maps.TokenMaps`.
+            return_dict: an object with `sample`, else a tuple of the noise and what `tokens` asked
+                for: maps [T, F, h', w'] of the last clip, `processors.maps.TokenMaps.mean`.
         Raises:
             ValueError: the batch does not hold whole clips, or an argument that this backend
                 cannot honour.
@@ -149,9 +158,16 @@ class Runner:
         if not self._module.LIVE and not mixes_frames(self.handle):
             # Exported with every frame a clip of its own: the text is repeated for each.
             text, frames = text.repeat_interleave(frames, 0), 1
+        if tokens is not None and (self.backend not in MAPPING or return_dict):
+            raise ValueError(
+                f"the runtime {self.backend} gives no maps of words: use {' or '.join(MAPPING)}, "
+                "with return_dict=False"
+            )
         step = self._step(sample, timestep, text, frames)
         if self._module.LIVE:
             sample = sample.unflatten(0, (clips, frames))
+        if tokens is not None:
+            return step(sample, timestep, text, tables, tokens, levels)
         if tables is None:
             noise = step(sample, timestep, text)
         elif self._module.LIVE:

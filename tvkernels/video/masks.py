@@ -1,0 +1,86 @@
+"""Masks that the user gives: an image for every frame, a video, or a folder of images."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tvkernels.video._decode import CLIPS, IMAGES, natural_order, open_source
+from tvkernels.video._files import VideoError, need
+
+if TYPE_CHECKING:
+    import numpy as np
+
+# The brightest channel decides: white and the dark colours of annotation palettes, (128, 0, 0)
+# and the like, are inside, black and what a video's coding leaves of it are not.
+INSIDE = 128
+
+
+def read_mask(path: str | os.PathLike, frames: int, size: tuple[int, int]) -> np.ndarray:
+    """A clip's mask, true where the object is.
+
+    Args:
+        path: an image, which then holds for every frame, a video, or a folder of images with one
+            for each frame (natural order). Bright or coloured is inside, black and transparent
+            outside.
+        frames: frames of the clip it belongs to.
+        size: (height, width) of them in pixels.
+    Returns:
+        bool [F, H, W].
+    Raises:
+        VideoError: no such file, another number of frames or another size, or no pixel inside.
+    """
+    path, np = Path(path), need("numpy")
+    still = path.suffix.lower() in IMAGES and not path.is_dir()
+    kept = []
+    for index, picture in enumerate(_pictures(path)):
+        if picture.shape[:2] != tuple(size):
+            raise VideoError(
+                f"{path}: the mask of frame {index} is {picture.shape[1]} x {picture.shape[0]} "
+                f"pixels, the clip's frames are {size[1]} x {size[0]}: give it at their size"
+            )
+        if len(kept) < frames:
+            kept.append(picture.max(-1) >= INSIDE)
+    if not still and (count := index + 1 if kept else 0) != frames:
+        raise VideoError(
+            f"{path} has {count} masks, {frames} frames are taken of the clip: give one for each "
+            "frame, or a single image for all of them"
+        )
+    mask = np.stack(kept)
+    if not mask.any():
+        raise VideoError(
+            f"{path} marks nothing: pixels of {INSIDE} and more in any channel are inside"
+        )
+    return np.repeat(mask, frames, 0) if still else mask
+
+
+def _pictures(path: Path) -> Iterator[np.ndarray]:
+    """uint8 [H, W, 3] each."""
+    if path.is_dir():
+        files = [file for file in path.iterdir() if file.suffix.lower() in IMAGES]
+        yield from map(_image, sorted(files, key=natural_order))
+    elif not path.exists():
+        raise VideoError(f"{path} does not exist")
+    elif path.suffix.lower() in IMAGES:
+        yield _image(path)
+    elif path.suffix.lower() in CLIPS:
+        with open_source(path) as source:
+            for picture in source.pictures:
+                yield picture()
+    else:
+        known = ", ".join((*IMAGES, *CLIPS))
+        raise VideoError(f"{path} is not a mask that can be read: give {known} or a folder")
+
+
+def _image(file: Path) -> np.ndarray:
+    """As clips are read, but what is transparent is outside, not white."""
+    image = need("PIL.Image")
+    try:
+        with image.open(file) as picture:
+            upright = need("PIL.ImageOps").exif_transpose(picture).convert("RGBA")
+            black = image.new("RGBA", upright.size, "black")
+            return need("numpy").asarray(image.alpha_composite(black, upright).convert("RGB"))
+    except OSError as error:
+        raise VideoError(f"{file} is not an image that can be read: {error}") from error
