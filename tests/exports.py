@@ -19,6 +19,7 @@ KINDS = {
     "ei2": (torch.float32, 23),
     "tune-a-video": (torch.float32, 18),
     "frame-by-frame": (torch.float16, 23),
+    "tcve": (torch.float32, 23),
 }
 FRAMES, TOKENS = 3, 5
 WITHOUT_TRITON = """

@@ -23,11 +23,13 @@ from tvkernels.runtime import onnx as runtime
 from tvkernels.runtime.files import ArtifactError
 from tvkernels.testing.budget import assert_error_budget
 
-# Tune-A-Video shares its operators with EI2.
+# Tune-A-Video shares its operators with EI2, TCVE most of them.
 RECIPES = [
-    pytest.param(name, marks=[pytest.mark.slow] if name == "tune-a-video" else [])
+    pytest.param(name, marks=[pytest.mark.slow] if name in ("tune-a-video", "tcve") else [])
     for name in KINDS
 ]
+# Three blocks with self, cross and frame attention; TCVE's unit after the last.
+ATTENTIONS = {"ei2": 9, "tune-a-video": 9, "frame-by-frame": 6, "tcve": 10}
 NAMES = ["sample", "timestep", "encoder_hidden_states"]
 
 
@@ -69,10 +71,8 @@ def test_the_file_is_standard_and_laid_out_as_optimum_does(path, recipe):
     text = [d.dim_param or d.dim_value for d in graph.input[2].type.tensor_type.shape.dim]
     assert text == ["clips", TOKENS, 32]
     kinds = [node.op_type for node in graph.node]
-    layers = 3 * (3 if recipe == "ei2" else 2)
-    layers = 9 if recipe == "tune-a-video" else layers
-    # One attention each, whatever the frames: three blocks with self, cross and frame attention.
-    assert kinds.count("Attention" if opset >= 23 else "Softmax") == layers
+    # One each, whatever the frames.
+    assert kinds.count("Attention" if opset >= 23 else "Softmax") == ATTENTIONS[recipe]
     assert not {"Gather", "GatherND", "ScatterND", "Loop", "If"} & set(kinds)
     assert json.loads((path(recipe).parent / "config.json").read_text())["in_channels"] == 4
     kept = {entry.key: entry.value for entry in model.metadata_props}
@@ -230,7 +230,7 @@ def test_bad_input_is_one_clear_line_and_leaves_nothing(name, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("method", "more"),
     [
-        ("ei2", ""), ("tune-a-video", ""), ("frame-by-frame", ""),
+        ("ei2", ""), ("tune-a-video", ""), ("frame-by-frame", ""), ("tcve", "--frames 7"),
         ("ei2", "--dtype fp16"), ("ei2", "--opset 18"), ("ei2", "--projected-text --frames 5"),
     ],
 )  # fmt: skip

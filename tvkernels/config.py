@@ -36,7 +36,7 @@ def parse_bytes(text: str) -> int:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]i?b)", text.strip().lower())
     size = int(float(found[1]) * units[found[2]]) if found else 0
     if size < 1:
-        raise ValueError("write a size such as 8GB or 512MiB")
+        raise ValueError(f"write a size such as 8GB or 512MiB, not {text!r}")
     return size
 
 
@@ -218,13 +218,16 @@ def resolve(given: Mapping[str, Any]) -> EditSettings:
 
 def _problems(error: ValidationError) -> list[str]:
     found: dict[str, list[str]] = {}
+    value = ""
     for problem in error.errors(include_url=False):
         reasons = found.setdefault(str(problem["loc"][0]), [])
+        if problem["type"] == "value_error":  # our own, which names the value itself
+            reasons.append(str(problem["ctx"]["error"]))
+            continue
         reasons.append(f"{problem['msg'][0].lower()}{problem['msg'][1:]}")
-        value = problem["input"]
+        value = f", not {problem['input']!r}"
     return [
-        f"{name}: {' or '.join(dict.fromkeys(reasons))}"
-        + (f", not {value!r}" if len(found) == 1 else "")
+        f"{name}: {' or '.join(dict.fromkeys(reasons))}" + (value if len(found) == 1 else "")
         for name, reasons in found.items()
     ]
 
