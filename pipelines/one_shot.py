@@ -319,13 +319,7 @@ class OneShotPipeline(DiffusionPipeline):
         Raises:
             ValueError: nothing to start from, or unknown callback inputs or output type.
         """
-        unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
-        if unknown:
-            raise ValueError(
-                f"callback inputs {sorted(unknown)} are not among {self._callback_tensor_inputs}"
-            )
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise ValueError(f"unknown output_type {output_type!r}: use pil, np, pt or latent")
+        self._check_call(callback_on_step_end_tensor_inputs, output_type)
         steps = self.settings.steps if num_inference_steps is None else num_inference_steps
         guidance = self.settings.guidance if guidance_scale is None else guidance_scale
         if video is not None:
@@ -352,15 +346,28 @@ class OneShotPipeline(DiffusionPipeline):
                     text, projected = self.runner.text(prompt_embeds), prompt_embeds
                 latents = self._update(i, latents, times[i], text, rows[i], split_guidance)
                 if callback_on_step_end is not None:
-                    tensors = {"latents": latents, "prompt_embeds": prompt_embeds}
-                    asked = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                    changed = callback_on_step_end(self, i, t, asked) or {}
-                    latents = changed.pop("latents", latents)
-                    prompt_embeds = changed.pop("prompt_embeds", prompt_embeds)
+                    latents, prompt_embeds = self._call_back(
+                        callback_on_step_end, callback_on_step_end_tensor_inputs, i, t,
+                        latents=latents, prompt_embeds=prompt_embeds,
+                    )  # fmt: skip
                 bar.update()
         frames = self._decode(latents, output_type, decode_chunk_size)
         self.maybe_free_model_hooks()
         return VideoEditOutput(frames=frames) if return_dict else (frames,)
+
+    def _check_call(self, callback_inputs: Sequence[str], output_type: str) -> None:
+        unknown = set(callback_inputs) - set(self._callback_tensor_inputs)
+        if unknown:
+            raise ValueError(
+                f"callback inputs {sorted(unknown)} are not among {self._callback_tensor_inputs}"
+            )
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"unknown output_type {output_type!r}: use pil, np, pt or latent")
+
+    def _call_back(self, callback: Callable, wanted: Sequence[str], i: int, t, **tensors) -> list:
+        """The tensors after step i, in their order: what the callback gave, or as they were."""
+        changed = callback(self, i, t, {name: tensors[name] for name in wanted}) or {}
+        return [changed.get(name, tensor) for name, tensor in tensors.items()]
 
     def _update(
         self, i: int, latents: Tensor, time: Tensor, text: Tensor, row: Tensor, split: bool
@@ -386,7 +393,10 @@ class OneShotPipeline(DiffusionPipeline):
     def _decode(self, latents: Tensor, output_type: str, chunk: int):
         if output_type == "latent":
             return latents
-        pixels = decode_latents(self.vae, latents, chunk)[None]
+        return self._present(decode_latents(self.vae, latents, chunk)[None], output_type)
+
+    def _present(self, pixels: Tensor, output_type: str):
+        """Pixels [1, F, 3, H, W] in [0, 1] as asked for: themselves, PIL images or an array."""
         if output_type == "pt":
             return pixels
         return self.video_processor.postprocess_video(

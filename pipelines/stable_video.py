@@ -240,13 +240,7 @@ class StableVideoPipeline(OneShotPipeline):
             ValueError: nothing fitted, a number of prompts other than of layers, or unknown
                 callback inputs or output type.
         """
-        unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
-        if unknown:
-            raise ValueError(
-                f"callback inputs {sorted(unknown)} are not among {self._callback_tensor_inputs}"
-            )
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise ValueError(f"unknown output_type {output_type!r}: use pil, np, pt or latent")
+        self._check_call(callback_on_step_end_tensor_inputs, output_type)
         if video is not None:
             self.fit(video, generator=generator)
         if self.atlas is None:
@@ -260,7 +254,8 @@ class StableVideoPipeline(OneShotPipeline):
         if generator is None:
             generator = torch.Generator().manual_seed(self._seed)
         job = _Job(
-            self, num_inference_steps or self.settings.steps,
+            self,
+            self.settings.steps if num_inference_steps is None else num_inference_steps,
             self.settings.guidance if guidance_scale is None else guidance_scale, negative_prompt,
             generator, callback_on_step_end, callback_on_step_end_tensor_inputs, split_guidance,
         )  # fmt: skip
@@ -269,16 +264,11 @@ class StableVideoPipeline(OneShotPipeline):
             edited[count] = self._edit_background(background_prompt, job)
         pixels = self.atlas.render(edited)
         self.maybe_free_model_hooks()
-        frames = self._finish(pixels, output_type, decode_chunk_size)
-        return VideoEditOutput(frames=frames) if return_dict else (frames,)
-
-    def _finish(self, pixels: Tensor, output_type: str, chunk: int):
         if output_type == "latent":
-            return self._encode_video(pixels, chunk)
-        if output_type == "pt":
-            return pixels[None]
-        clip = pixels[None].transpose(1, 2) * 2 - 1
-        return self.video_processor.postprocess_video(clip, output_type=output_type)
+            frames = self._encode_video(pixels, decode_chunk_size)
+        else:
+            frames = self._present(pixels[None], output_type)
+        return VideoEditOutput(frames=frames) if return_dict else (frames,)
 
     def _edit_layer(self, layer: int, prompt: str, job: _Job) -> Tensor:
         """A foreground's edited atlas [H, W, 3], from its key frames (section 3.2 and 3.3)."""
@@ -427,11 +417,10 @@ class _Job:
                 held = {} if mask is None else {"mask": mask, "background": levels.pop()}
                 latents = guided_ddim_step(latents, predicted, rows[i], **held)
                 if self.callback is not None:
-                    tensors = {"latents": latents, "prompt_embeds": prompt_embeds}
-                    asked = {name: tensors[name] for name in self.wanted}
-                    changed = self.callback(pipe, self.done, timesteps[i], asked) or {}
-                    latents = changed.pop("latents", latents)
-                    prompt_embeds = changed.pop("prompt_embeds", prompt_embeds)
+                    latents, prompt_embeds = pipe._call_back(
+                        self.callback, self.wanted, self.done, timesteps[i],
+                        latents=latents, prompt_embeds=prompt_embeds,
+                    )  # fmt: skip
                 self.done += 1
                 bar.update()
         return pipe._decode(latents, "pt", 1)[0, 0]

@@ -373,5 +373,7 @@ def test_memory_of_the_real_configuration():
         peaks[dtype] = plan(24 * 10**9, account, tune=True, checkpointing=True).peaks
         # The branch and its units are in it: 1.8 GB of tuned weights in float32.
         assert 445e6 < sum(account.tuned) / dtype.itemsize < 448e6
-    assert 18e9 < peaks[torch.float32]["tuning"] == max(peaks[torch.float32].values()) < 19e9
-    assert 9e9 < peaks[torch.bfloat16]["tuning"] == max(peaks[torch.bfloat16].values()) < 12e9
+    # README's figures, in GB; the method's own 24 are not needed in either.
+    for dtype, told in ((torch.float32, 18.3), (torch.bfloat16, 9.7)):
+        assert peaks[dtype]["tuning"] == max(peaks[dtype].values())
+        assert round(peaks[dtype]["tuning"] / 1e9, 1) == told

@@ -125,6 +125,10 @@ def edit(given: EditSettings, notes: list[str], say: Callable[[str], None]) -> l
             from tvkernels.runtime.memory import tile_vae
 
             tile_vae(pipe.vae, plan.tile)
+        from tvkernels.runtime.files import artifacts
+
+        # Inductor's own place is the temporary folder, which a restart empties.
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(artifacts() / "inductor"))
         pipe.accelerate(settings.runtime)
     cache = _cache(settings)
     if hasattr(pipe, "what_guides"):
@@ -351,10 +355,6 @@ def check_runtime(settings: EditSettings) -> None:
     reasons = why_not(settings.runtime, preferred_device())
     if reasons:
         raise ConfigError(f"the runtime {settings.runtime} cannot run here: {'; '.join(reasons)}")
-    from tvkernels.runtime.files import artifacts
-
-    # Inductor's own place is the temporary folder, which a restart empties.
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(artifacts() / "inductor"))
 
 
 @contextmanager
