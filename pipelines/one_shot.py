@@ -17,7 +17,7 @@ from torch import Tensor
 
 import tvkernels
 from tvkernels import guided_ddim_step, inflate
-from tvkernels.inflate import is_tuned
+from tvkernels._inflate import is_tuned
 from tvkernels.pipelines.cache import Cache, content_key
 from tvkernels.pipelines.checks import check_unet
 from tvkernels.pipelines.common import (

@@ -1,8 +1,9 @@
 """Fused attention ops, diffusers processors and lean editing pipelines for SD-1.x video."""
 
-from tvkernels import recipes
+import importlib
+from typing import TYPE_CHECKING
+
 from tvkernels._dispatch import BackendError
-from tvkernels.inflate import inflate
 from tvkernels.ops.atlas_composite.api import atlas_composite
 from tvkernels.ops.atlas_sample.api import atlas_sample
 from tvkernels.ops.atlas_splat.api import atlas_splat
@@ -19,9 +20,13 @@ from tvkernels.ops.spectral_linear.api import spectral_linear, spectral_sigma
 from tvkernels.ops.temporal_attention.api import temporal_attention
 from tvkernels.ops.temporal_conv.api import temporal_conv
 from tvkernels.ops.token_map_attention.api import token_map_attention
-from tvkernels.patterns import FramePattern, FrameTable
-from tvkernels.processors import Handle, install
-from tvkernels.published import load_published
+
+if TYPE_CHECKING:
+    from tvkernels import recipes
+    from tvkernels._inflate import inflate
+    from tvkernels.patterns import FramePattern, FrameTable
+    from tvkernels.processors import Handle, install
+    from tvkernels.published import load_published
 
 __version__ = "0.1.0"
 __all__ = [
@@ -50,3 +55,26 @@ __all__ = [
     "temporal_conv",
     "token_map_attention",
 ]
+
+# The ops are registered at import; what is built on them is imported when it is first named.
+_LATER = {
+    "FramePattern": "tvkernels.patterns",
+    "FrameTable": "tvkernels.patterns",
+    "Handle": "tvkernels.processors",
+    "inflate": "tvkernels._inflate",
+    "install": "tvkernels.processors",
+    "load_published": "tvkernels.published",
+}
+
+
+def __getattr__(name: str):
+    if name == "recipes":
+        return importlib.import_module("tvkernels.recipes")
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(_LATER[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

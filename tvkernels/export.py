@@ -18,7 +18,7 @@ from tvkernels.pipelines.checks import ModelError, check_model_folder, model_siz
 if TYPE_CHECKING:
     from torch import nn
 
-    from tvkernels.inflate import InflatedHandle
+    from tvkernels._inflate import InflatedHandle
     from tvkernels.runtime.program import Shape
 
 FORMATS = ("onnx", "tensorrt", "aoti")
@@ -150,8 +150,8 @@ def load(given: ExportSettings) -> tuple[InflatedHandle, nn.Module, Shape]:
     from diffusers.utils import logging
     from safetensors import SafetensorError
 
+    from tvkernels._inflate import inflate
     from tvkernels.edit import method_numbers, preferred_device
-    from tvkernels.inflate import inflate
     from tvkernels.runtime.program import shape_of
 
     model = MODEL_DIR if given.model == EMBEDDED else given.model

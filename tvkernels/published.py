@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from tvkernels.inflate import InflatedHandle
+from tvkernels._inflate import InflatedHandle
 
 TCVE_PART = re.compile(r"^(\w+)_TempUnet\.")
 DEAD = "down_stb_TempUnet."

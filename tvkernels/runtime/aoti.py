@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tvkernels.inflate import InflatedHandle
+from tvkernels._inflate import InflatedHandle
 from tvkernels.runtime import files
 from tvkernels.runtime.compile import why_not as why_not_inductor
 from tvkernels.runtime.files import ArtifactError, artifact_key, artifacts, new_file

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tvkernels.inflate import InflatedHandle
+from tvkernels._inflate import InflatedHandle
 from tvkernels.runtime.program import Shape, VideoStep
 
 OPTIONS = ()

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from tvkernels.inflate import InflatedHandle
+from tvkernels._inflate import InflatedHandle
 from tvkernels.patterns import FramePattern
 from tvkernels.recipes import Recipe
 from tvkernels.runtime.program import Shape, mixes_frames

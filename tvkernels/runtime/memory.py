@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tvkernels._dispatch import OPS, Op
-from tvkernels.inflate import inflate, is_tuned
+from tvkernels._inflate import inflate, is_tuned
 from tvkernels.ops.guided_ddim_step.api import guided_ddim_step
 from tvkernels.recipes import Recipe
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from tvkernels.inflate import InflatedHandle
+from tvkernels._inflate import InflatedHandle
 from tvkernels.runtime import files
 from tvkernels.runtime.files import ArtifactError
 from tvkernels.runtime.plugins import DOMAIN as PLUGIN_DOMAIN

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from tvkernels._dispatch import OPS
+from tvkernels._inflate import InflatedHandle
 from tvkernels._triton.configs import choose
-from tvkernels.inflate import InflatedHandle
 from tvkernels.runtime.files import ArtifactError
 from tvkernels.runtime.program import Shape, decompositions, export_program
 

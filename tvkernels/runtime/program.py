@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tvkernels._dispatch import OPS
-from tvkernels.inflate import InflatedHandle
+from tvkernels._inflate import InflatedHandle
 from tvkernels.patterns import FramePattern, FrameTable
 from tvkernels.processors.maps import LEVELS, TokenMaps
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tvkernels._dispatch import BackendError
-from tvkernels.inflate import InflatedHandle
+from tvkernels._inflate import InflatedHandle
 from tvkernels.patterns import FrameTable
 from tvkernels.processors.maps import LEVELS
 from tvkernels.runtime.program import mixes_frames, shape_of

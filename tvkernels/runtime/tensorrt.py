@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tvkernels.inflate import InflatedHandle
+from tvkernels._inflate import InflatedHandle
 from tvkernels.runtime import files, onnx, plugins
 from tvkernels.runtime._trt import aim, flags, library, logger, mark_decomposable, monitor, version
 from tvkernels.runtime.files import ArtifactError
