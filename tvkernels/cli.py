@@ -9,17 +9,18 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 import tvkernels
 from tvkernels import BackendError
+from tvkernels._console import UNEXPECTED, console, say
+from tvkernels.benchmarks.commands import bench
 from tvkernels.config import ConfigError, read_config, resolve
 from tvkernels.pipelines import METHODS
 from tvkernels.pipelines.checks import ModelError
 from tvkernels.video import VideoError
 
-BAD_INPUT, UNEXPECTED, INTERRUPTED = 2, 1, 130
+BAD_INPUT, INTERRUPTED = 2, 130
 EXPECTED = (ConfigError, ModelError, VideoError, BackendError, ImportError, OSError)
 
 app = typer.Typer(
@@ -28,7 +29,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-bench = typer.Typer(help="Measure the methods.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 
 
@@ -205,7 +205,7 @@ def edit_command(
     settings.update({name: value for name, value in given.items() if value is not None})
     from tvkernels.edit import edit
 
-    edit(resolve(settings), notes, _say)
+    edit(resolve(settings), notes, say)
 
 
 def _edit_by_atlas(given: dict, pictures: list[Path], layer, folder, config) -> None:
@@ -218,7 +218,7 @@ def _edit_by_atlas(given: dict, pictures: list[Path], layer, folder, config) -> 
         raise ConfigError(f"--atlas renders without a model: leave out {', '.join(idle)}")
     if given["output"] is None:
         raise ConfigError("--output is missing: say where to write, such as -o edited.mp4")
-    edit_by_atlas(given["clip"], pictures, given["output"], layer, folder, _say)
+    edit_by_atlas(given["clip"], pictures, given["output"], layer, folder, say)
 
 
 @app.command("atlas")
@@ -259,7 +259,7 @@ def atlas_command(
     if mask and layers > 1:
         raise ConfigError("give either --layers or a --mask for each of them")
     settings = AtlasSettings(steps=steps, points=points, layers=layers, flow=flow)
-    make_atlas(clip, output, Cut(start, stride, frames, size), mask or (), settings, seed, _say)
+    make_atlas(clip, output, Cut(start, stride, frames, size), mask or (), settings, seed, say)
 
 
 @app.command("export")
@@ -314,7 +314,7 @@ def export_command(
         output, method, kind, model, frames, size, dtype, opset, tuple(arch or ()), weights,
         timing_cache, not fixed_size, projected_text, plugins,
     )  # fmt: skip
-    if not export(settings, check, _say):
+    if not export(settings, check, say):
         raise typer.Exit(UNEXPECTED)
 
 
@@ -352,7 +352,7 @@ def demo(
     """Edit clips with known answers by several methods, and measure the results."""
     from tvkernels.demo.run import QUICK, run
 
-    run(output, clips, console(), _say, tuple(METHODS) if every else QUICK)
+    run(output, clips, console(), say, tuple(METHODS) if every else QUICK)
 
 
 @app.command()
@@ -396,115 +396,6 @@ def kernels(
             print(line)
     if any(row["faults"] for row in rows):
         raise typer.Exit(UNEXPECTED)
-
-
-@bench.command()
-def quality(
-    scenes: Annotated[int, typer.Option(min=1, help="Held-out scenes.")] = 4,
-    first: Annotated[int, typer.Option(min=0, help="Number of the first one.")] = 0,
-    method: Annotated[
-        list[str] | None, typer.Option(help="Repeat it for several. [default: all]")
-    ] = None,
-    ablation: Annotated[
-        bool, typer.Option("--ablation", help="EI2's figures 4 and 5, as recipe variants.")
-    ] = False,
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", help="Appended to. [default: benchmarks/results/]"),
-    ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Skip what the output already holds.")
-    ] = False,
-    steps: Annotated[int | None, typer.Option(min=1, help="DDIM steps.")] = None,
-    tune_steps: Annotated[int | None, typer.Option(min=0, help="Steps of the tuning.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Of the tuning.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of everything drawn.")] = 0,
-) -> None:
-    """Measure edits of held-out scenes against the exact truth, with confidence intervals."""
-    from tvkernels.benchmarks.quality import run
-
-    numbers = {
-        "steps": steps, "tune_steps": tune_steps, "learning_rate": learning_rate,
-        "guidance": guidance,
-    }  # fmt: skip
-    run(
-        range(first, first + scenes), method, ablation=ablation, output=output, resume=resume,
-        numbers={name: value for name, value in numbers.items() if value is not None},
-        seed=seed, console=console(), say=_say,
-    )  # fmt: skip
-
-
-@bench.command()
-def ops(
-    op: Annotated[list[str] | None, typer.Option(help="Repeat it. [default: all]")] = None,
-    case: Annotated[
-        list[str] | None,
-        typer.Option(help="Repeat it. [default: real shapes; on a CPU small stand-ins for them]"),
-    ] = None,
-    provider: Annotated[
-        list[str] | None,
-        typer.Option(help="triton, reference, sdpa-flash and so on, repeated. [default: all]"),
-    ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:1. [default: the GPU if there is one]")
-    ] = None,
-    dtype: Annotated[
-        list[str] | None,
-        typer.Option(help="Repeat it. [default: bfloat16, on a CPU float32]"),
-    ] = None,
-    backward: Annotated[
-        bool, typer.Option("--backward", help="Forward and backward together.")
-    ] = False,
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", help="Appended to. [default: benchmarks/results/]"),
-    ] = None,
-) -> None:
-    """Check and time the ops against everything else that can run them, and against the limit.
-
-    The exit status is 1 where a result is wrong; a wrong one is not timed.
-    """
-    from tvkernels.benchmarks import run as measure
-
-    try:
-        rows = measure.run(
-            op, case, provider, device=device, dtypes=dtype, backward=backward, output=output,
-            say=_say,
-        )  # fmt: skip
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    if any(row["status"] == measure.WRONG for row in rows):
-        raise typer.Exit(UNEXPECTED)
-
-
-@bench.command()
-def report(
-    results: Annotated[
-        Path | None, typer.Argument(help="JSONL of `tvk bench ops`. [default: where it writes]")
-    ] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", help="OUT.md. [default: beside the results]"),
-    ] = None,
-) -> None:
-    """Make the table and the picture of measured ops: time against the limit, and memory."""
-    from tvkernels.benchmarks import report as reports
-    from tvkernels.benchmarks.run import RESULTS
-
-    try:
-        reports.write(results or RESULTS, output, _say)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-
-
-def console() -> Console:
-    """Standard output; where it is no terminal, wide enough for every table."""
-    return Console(width=None if sys.stdout.isatty() else 160)
-
-
-def _say(text: str) -> None:
-    console().print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 class _Warnings(logging.Handler):

@@ -1,0 +1,113 @@
+"""`tvk bench`: one command for each thing that is measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tvkernels._console import UNEXPECTED, console, say
+from tvkernels.config import ConfigError
+
+bench = typer.Typer(help="Measure the methods.", no_args_is_help=True)
+
+
+@bench.command()
+def quality(
+    scenes: Annotated[int, typer.Option(min=1, help="Held-out scenes.")] = 4,
+    first: Annotated[int, typer.Option(min=0, help="Number of the first one.")] = 0,
+    method: Annotated[
+        list[str] | None, typer.Option(help="Repeat it for several. [default: all]")
+    ] = None,
+    ablation: Annotated[
+        bool, typer.Option("--ablation", help="EI2's figures 4 and 5, as recipe variants.")
+    ] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Appended to. [default: benchmarks/results/]"),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Skip what the output already holds.")
+    ] = False,
+    steps: Annotated[int | None, typer.Option(min=1, help="DDIM steps.")] = None,
+    tune_steps: Annotated[int | None, typer.Option(min=0, help="Steps of the tuning.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Of the tuning.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of everything drawn.")] = 0,
+) -> None:
+    """Measure edits of held-out scenes against the exact truth, with confidence intervals."""
+    from tvkernels.benchmarks.quality import run
+
+    numbers = {
+        "steps": steps, "tune_steps": tune_steps, "learning_rate": learning_rate,
+        "guidance": guidance,
+    }  # fmt: skip
+    run(
+        range(first, first + scenes), method, ablation=ablation, output=output, resume=resume,
+        numbers={name: value for name, value in numbers.items() if value is not None},
+        seed=seed, console=console(), say=say,
+    )  # fmt: skip
+
+
+@bench.command()
+def ops(
+    op: Annotated[list[str] | None, typer.Option(help="Repeat it. [default: all]")] = None,
+    case: Annotated[
+        list[str] | None,
+        typer.Option(help="Repeat it. [default: real shapes; on a CPU small stand-ins for them]"),
+    ] = None,
+    provider: Annotated[
+        list[str] | None,
+        typer.Option(help="triton, reference, sdpa-flash and so on, repeated. [default: all]"),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:1. [default: the GPU if there is one]")
+    ] = None,
+    dtype: Annotated[
+        list[str] | None,
+        typer.Option(help="Repeat it. [default: bfloat16, on a CPU float32]"),
+    ] = None,
+    backward: Annotated[
+        bool, typer.Option("--backward", help="Forward and backward together.")
+    ] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Appended to. [default: benchmarks/results/]"),
+    ] = None,
+) -> None:
+    """Check and time the ops against everything else that can run them, and against the limit.
+
+    The exit status is 1 where a result is wrong; a wrong one is not timed.
+    """
+    from tvkernels.benchmarks import run as measure
+
+    try:
+        rows = measure.run(
+            op, case, provider, device=device, dtypes=dtype, backward=backward, output=output,
+            say=say,
+        )  # fmt: skip
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if any(row["status"] == measure.WRONG for row in rows):
+        raise typer.Exit(UNEXPECTED)
+
+
+@bench.command()
+def report(
+    results: Annotated[
+        Path | None, typer.Argument(help="JSONL of `tvk bench ops`. [default: where it writes]")
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="OUT.md. [default: beside the results]"),
+    ] = None,
+) -> None:
+    """Make the table and the picture of measured ops: time against the limit, and memory."""
+    from tvkernels.benchmarks import report as reports
+    from tvkernels.benchmarks.run import RESULTS
+
+    try:
+        reports.write(results or RESULTS, output, say)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
