@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from tvkernels.demo.world import edit_pair
 from tvkernels.edit import NUMBERS, device_name, load_pipeline, method_numbers, versions
 from tvkernels.patterns import FramePattern
 from tvkernels.pipelines import METHODS, TAKES
+from tvkernels.pipelines.cache import Cache
 from tvkernels.recipes import ABLATIONS, RECIPES, Recipe
 from tvkernels.video import VideoError, check_output
 
@@ -62,6 +64,10 @@ PAIRS = (
     ("ei2-frame-norm", "tav-frame-norm"),
     *((name, "frame-by-frame") for name in ("tav-frame-norm", "ei2-frame-norm")),
     *(
+        ("stable-video", f"stable-video-{name}")
+        for name in ("sequential", "random", "fixed", "median")
+    ),
+    *(
         ("blended-diffusion", name)
         for name in (
             "frame-by-frame", "tune-a-video", "ei2", "blended-no-mask", "blended-true-mask",
@@ -77,6 +83,8 @@ class Entrant:
 
     Attributes:
         masked: what tells the edited region, see `edit_scene`.
+        shared: varies the edit alone, so that what `fit` makes of a scene is kept between such
+            entrants; its time is then not measured.
     """
 
     name: str
@@ -84,6 +92,7 @@ class Entrant:
     recipe: Recipe | None = None
     changes: dict = field(default_factory=dict)
     masked: str | None = None
+    shared: bool = False
 
 
 # BLD-AC's table II (no mask, the user's, that of the words) and its figures 2 and 3 (the
@@ -97,6 +106,15 @@ MASKED = tuple(
         "own-frame": {"recipe": OWN_FRAME, "masked": "words"},
     }.items()
 )
+# StableVideo's figure 11 (other ways to edit key frames), and the median in place of eq. 7.
+CARRIED = tuple(
+    Entrant(f"stable-video-{name}", "stable-video", changes=change, shared=True)
+    for name, change in {
+        **{way: {"propagation": way} for way in ("sequential", "random", "fixed")},
+        "median": {"aggregation": "median"},
+    }.items()
+)
+VARIED = {"blended-diffusion": MASKED, "stable-video": CARRIED}
 
 
 def run(
@@ -116,7 +134,8 @@ def run(
     Args:
         scenes: numbers of held-out scenes.
         methods: names of `METHODS`; none takes all, or with `ablation` those it varies.
-        ablation: the variants of `tvkernels.recipes.ABLATIONS` take part too.
+        ablation: the variants of these methods take part too: `tvkernels.recipes.ABLATIONS` of
+            their recipes, `VARIED` of their other settings.
         output: appended to; by default benchmarks/results/quality.jsonl.
         resume: rows of the same scene, method, model and settings that are there already are
             taken from it instead, whatever the commit.
@@ -135,26 +154,27 @@ def run(
     check_output(output, (".jsonl",))
     kept = {_key(row): row for row in read_rows(output)} if resume else {}
     rows = []
-    for entrant in line_up:
-        own, _ = method_numbers(entrant.method, embedded=True)
-        own = replace(own, recipe=entrant.recipe or own.recipe, **entrant.changes)
-        # A method that tunes nothing has no use for numbers of the tuning.
-        idle = () if own.recipe.tuned else ("tune_steps", "learning_rate")
-        own = replace(own, **{n: v for n, v in (numbers or {}).items() if n not in idle})
-        settings = {name: getattr(own, name) for name in NUMBERS}
-        settings |= {"seed": seed, "frames": 8, "model": _model_digest(), **_of_its_own(own)}
-        pipe = None
-        for scene in scenes:
-            row = {"scene": scene, "method": entrant.name, "settings": settings}
-            if _key(row) in kept:
-                rows.append(kept[_key(row)])
-                continue
-            if pipe is None:
-                pipe = load_pipeline(entrant.method, str(MODEL_DIR), settings=own)
-            row |= _measure(pipe, own, scene, seed, entrant.masked)
-            _append(output, row)
-            rows.append(row)
-            say(f"{entrant.name}, scene {scene}: {_summary(row['measures'])}")
+    with tempfile.TemporaryDirectory(prefix="tvkernels-") as folder:
+        for entrant in line_up:
+            own, _ = method_numbers(entrant.method, embedded=True)
+            own = replace(own, recipe=entrant.recipe or own.recipe, **entrant.changes)
+            # A method that tunes nothing has no use for numbers of the tuning.
+            idle = () if own.recipe.tuned else ("tune_steps", "learning_rate")
+            own = replace(own, **{n: v for n, v in (numbers or {}).items() if n not in idle})
+            settings = {name: getattr(own, name) for name in NUMBERS}
+            settings |= {"seed": seed, "frames": 8, "model": _model_digest(), **_of_its_own(own)}
+            pipe = None
+            for scene in scenes:
+                row = {"scene": scene, "method": entrant.name, "settings": settings}
+                if _key(row) in kept:
+                    rows.append(kept[_key(row)])
+                    continue
+                if pipe is None:
+                    pipe = load_pipeline(entrant.method, str(MODEL_DIR), settings=own)
+                row |= _measure(pipe, own, scene, seed, entrant, Cache(folder))
+                _append(output, row)
+                rows.append(row)
+                say(f"{entrant.name}, scene {scene}: {_summary(row['measures'])}")
     if console is not None:
         show(rows, console)
         say(f"rows are in {output}")
@@ -167,14 +187,14 @@ def entrants(methods: list[str] | None, ablation: bool) -> list[Entrant]:
     if unknown:
         raise ConfigError(f"unknown method {unknown[0]!r}: use one of {', '.join(METHODS)}")
     base = {recipe.source: name for name, recipe in RECIPES.items()}
-    varied = list(dict.fromkeys(base[recipe.source] for recipe in ABLATIONS.values()))
+    sources = {name: base[recipe.source] for name, recipe in ABLATIONS.items()}
+    varied = [name for name in METHODS if name in {*sources.values(), *VARIED}]
     chosen = methods if methods is not None else varied if ablation else list(METHODS)
     told = {name: "words" for name, taken in TAKES.items() if "words" in taken}
     found = [Entrant(name, name, masked=told.get(name)) for name in dict.fromkeys(chosen)]
-    if ablation and set(chosen) - told.keys():
-        found += [Entrant(name, base[r.source], r) for name, r in ABLATIONS.items()]
-    if ablation and "blended-diffusion" in chosen:
-        found += MASKED
+    if ablation:
+        found += [Entrant(n, m, ABLATIONS[n]) for n, m in sources.items() if m in chosen]
+        found += [entrant for name in chosen for entrant in VARIED.get(name, ())]
     return found
 
 
@@ -237,9 +257,12 @@ def show(rows: list[dict], console: Console) -> None:
         console.print(compared)
 
 
-def _measure(pipe, numbers, scene: int, seed: int, masked: str | None) -> dict:
+def _measure(pipe, numbers, scene: int, seed: int, entrant: Entrant, fits: Cache) -> dict:
     source, target = edit_pair(scene)
-    measures = edit_scene(pipe, numbers, source, target, seed=seed, masked=masked).measures
+    measures = edit_scene(
+        pipe, numbers, source, target, seed=seed, masked=entrant.masked,
+        cache=fits if entrant.shared else None,
+    ).measures  # fmt: skip
     return {
         "recipe": repr(numbers.recipe),
         "source": source.caption,

@@ -55,7 +55,7 @@ class Fake:
     def set_progress_bar_config(self, **options):
         pass
 
-    def fit(self, video, prompt, *, num_steps, learning_rate, generator):
+    def fit(self, video, prompt, *, num_steps, learning_rate, generator, cache):
         self.calls.append(("fit", len(video), prompt, num_steps, learning_rate))
 
     def invert(self, video, *, num_inference_steps):
@@ -119,21 +119,39 @@ def test_rows_are_kept_and_resumed(benchmark_run, tmp_path):
     assert len(quality.read_rows(path)) == 4, "another seed is another row"
 
 
+def test_variants_of_the_edit_alone_share_what_fit_made(benchmark_run, monkeypatch):
+    made = []
+
+    def measured(pipe, numbers, source, target, *, seed, masked, cache):
+        made.append((pipe.settings.propagation, pipe.settings.aggregation, cache))
+        return measure.Edited(None, dict.fromkeys(quality.MEASURES, 0.0))
+
+    monkeypatch.setattr(quality, "edit_scene", measured)
+    benchmark_run([0], ["stable-video"], ablation=True)
+    ways = [("atlas", "network"), *((w, "network") for w in ("sequential", "random", "fixed"))]
+    assert [each[:2] for each in made] == [*ways, ("atlas", "median")]
+    assert made[0][2] is None, "the method's own time is measured"
+    assert len({each[2].folder for each in made[1:]}) == 1
+
+
 def test_a_variant_runs_with_its_own_recipe(benchmark_run, monkeypatch):
     monkeypatch.setattr(quality, "ABLATIONS", {"ei2-r4": ABLATIONS["ei2-r4"]})
-    own, varied = benchmark_run([0], None, ablation=True)
+    own, varied = benchmark_run([0], ["ei2"], ablation=True)
     assert [own["method"], varied["method"]] == ["ei2", "ei2-r4"]
     assert "others=2" in own["recipe"] and "others=4" in varied["recipe"]
 
 
 def test_who_takes_part():
     assert [entrant.name for entrant in quality.entrants(None, False)] == list(METHODS)
-    varied = quality.entrants(None, True)
+    varied = {entrant.name: entrant for entrant in quality.entrants(None, True)}
+    others = [entrant.name for entrants in quality.VARIED.values() for entrant in entrants]
     bases = {"tav": "tune-a-video", "ei2": "ei2", "tcv": "tcve"}
-    assert [entrant.name for entrant in varied] == [*bases.values(), *ABLATIONS]
-    assert all(e.method == bases[e.name[:3]] for e in varied[len(bases) :])
-    both = quality.entrants(["ei2"], True)
-    assert [entrant.name for entrant in both] == ["ei2", *ABLATIONS]
+    methods = {*bases.values(), *quality.VARIED}
+    assert set(varied) == methods | set(ABLATIONS) | set(others)
+    assert list(varied)[: len(methods)] == [name for name in METHODS if name in methods]
+    assert all(varied[name].method == bases[name[:3]] for name in ABLATIONS)
+    own = [name for name in ABLATIONS if name.startswith("ei2")]
+    assert [entrant.name for entrant in quality.entrants(["ei2"], True)] == ["ei2", *own]
     with pytest.raises(ConfigError, match="unknown method 'x'"):
         quality.entrants(["x"], False)
 

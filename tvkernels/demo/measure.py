@@ -16,6 +16,7 @@ from tvkernels.demo.world import Scene
 from tvkernels.edit import fetch_bytes
 
 if TYPE_CHECKING:
+    from tvkernels.pipelines.cache import Cache
     from tvkernels.pipelines.one_shot import OneShotPipeline, Settings
 
 
@@ -42,8 +43,9 @@ def edit_scene(
     frames: np.ndarray | None = None,
     seed: int = 0,
     masked: str | None = None,
+    cache: Cache | None = None,
 ) -> Edited:
-    """Tunes on a scene, inverts it, edits it into another and measures; no cache is used.
+    """Tunes on a scene, inverts it, edits it into another and measures.
 
     Args:
         pipe: of the method.
@@ -53,6 +55,7 @@ def edit_scene(
         seed: of everything drawn.
         masked: for methods that edit a region, whether it is told by "words", the captions' names
             of the object, or by the "true" masks; None for methods that take neither.
+        cache: of what `fit` makes; with one, preprocess_s is not measured.
     """
     clip, truth = source.render(), target.render()
     frames = clip.frames if frames is None else frames
@@ -61,7 +64,7 @@ def edit_scene(
     pipe.set_progress_bar_config(leave=False, disable=None, desc="tuning")
     pipe.fit(
         frames, source.caption, num_steps=numbers.tune_steps, learning_rate=numbers.learning_rate,
-        generator=torch.Generator().manual_seed(seed),
+        generator=torch.Generator().manual_seed(seed), cache=cache,
     )  # fmt: skip
     pipe.set_progress_bar_config(leave=False, disable=None, desc="inversion")
     pipe.invert(frames, num_inference_steps=numbers.steps)
@@ -93,7 +96,7 @@ def edit_scene(
         "object": temporal["object"],
         "background": temporal["background"],
         "iou": mask_iou(pipe.mask, true) if masked == "words" else None,
-        "preprocess_s": prepared - began,
+        "preprocess_s": prepared - began if cache is None else None,
         "edit_s": done - prepared,
         "peak_mib": memory.peak_mib(),
     }
