@@ -25,8 +25,9 @@ from tvkernels.demo import MODEL_DIR
 from tvkernels.demo.measure import edit_scene
 from tvkernels.demo.world import edit_pair
 from tvkernels.edit import NUMBERS, device_name, load_pipeline, method_numbers, versions
+from tvkernels.fronts import FRONTS
 from tvkernels.patterns import FramePattern
-from tvkernels.pipelines import METHODS, TAKES
+from tvkernels.pipelines import METHODS
 from tvkernels.pipelines.cache import Cache
 from tvkernels.recipes import ABLATIONS, RECIPES, Recipe
 from tvkernels.video import VideoError, check_output
@@ -190,7 +191,7 @@ def entrants(methods: list[str] | None, ablation: bool) -> list[Entrant]:
     sources = {name: base[recipe.source] for name, recipe in ABLATIONS.items()}
     varied = [name for name in METHODS if name in {*sources.values(), *VARIED}]
     chosen = methods if methods is not None else varied if ablation else list(METHODS)
-    told = {name: "words" for name, taken in TAKES.items() if "words" in taken}
+    told = {name: "words" for name, own in FRONTS.items() if "words" in own.takes}
     found = [Entrant(name, name, masked=told.get(name)) for name in dict.fromkeys(chosen)]
     if ablation:
         found += [Entrant(n, m, ABLATIONS[n]) for n, m in sources.items() if m in chosen]

@@ -13,15 +13,6 @@ METHODS = {
     "blended-diffusion": "tvkernels.pipelines.blended_diffusion:BlendedDiffusionPipeline",
 }
 
-# What `tvk edit` hands to a method beside what all of them take.
-TAKES = {
-    "blended-diffusion": ("words", "mask"),
-    "stable-video": (
-        "mask", "foreground_prompt", "background_prompt", "controlnet_canny", "controlnet_depth",
-        "depth_model", "atlas_dir",
-    ),
-}  # fmt: skip
-
 
 def pipeline_class(method: str) -> type:
     """The pipeline of a method.

@@ -21,7 +21,7 @@ PACKAGES = {
 MAX_LINES = 600
 MAX_IMPORT_MS = 50
 
-LEAVES = {"patterns", "_dispatch", "_compat", "_device", "_native", "_triton"}
+LEAVES = {"patterns", "_dispatch", "_compat", "_device", "_native", "_ranges", "_triton"}
 LAYER_OF = {
     **dict.fromkeys(LEAVES, "leaf"),
     "processors": "processors",
@@ -38,6 +38,7 @@ LAYER_OF = {
     "_console": "entry",
     "cli": "entry",
     "edit": "entry",
+    "fronts": "entry",
     "export": "entry",
     "config": "entry",
     "demo": "entry",

@@ -18,16 +18,14 @@ from typing import TYPE_CHECKING, Any
 from tvkernels.config import EMBEDDED, ConfigError, EditSettings, parse_bytes
 from tvkernels.demo import MODEL_DIR
 from tvkernels.demo.settings import OVERRIDES
-from tvkernels.pipelines import METHODS, TAKES
+from tvkernels.fronts import check_taken, front, strangers
+from tvkernels.pipelines import METHODS
 from tvkernels.pipelines.checks import ModelError, check_model_folder, model_size
-from tvkernels.pipelines.guides import load_guides, prepared
-from tvkernels.pipelines.words import WordError, changed_words, check_words
 from tvkernels.video import (
     OUTPUTS,
     Video,
     VideoError,
     check_output,
-    read_mask,
     read_video,
     write_video,
 )
@@ -61,8 +59,8 @@ def edit(given: EditSettings, notes: list[str], say: Callable[[str], None]) -> l
             disk fills up.
     """
     began = time.perf_counter()
-    outputs = check(given)
-    words = [prompt_words(given, prompt) for prompt in given.prompts]
+    outputs, own = check(given), front(given.method)
+    asked = own.check(given)
     model = MODEL_DIR if given.model == EMBEDDED else given.model
     size, multiple = _size(given, *model_size(model))
     if given.frames is not None:
@@ -85,14 +83,8 @@ def edit(given: EditSettings, notes: list[str], say: Callable[[str], None]) -> l
         update={**chosen, "frames": len(video), "size": video.frames.shape[1:3]}
     )
     height, width = settings.size
-    extras = [{} if pairs is None else {"words": pairs} for pairs in words]
-    fitting: dict[str, Any] = {}
-    if "atlas_dir" in TAKES.get(given.method, ()):
-        fitting = prepared(video.frames, settings.mask, settings.atlas_dir)
-        names = ("foreground_prompt", "background_prompt")
-        extras = [{name: getattr(settings, name) for name in names}] * len(outputs)
-    elif given.mask is not None:
-        extras = [{"mask": read_mask(given.mask, len(video), settings.size)}] * len(outputs)
+    fitting = own.fit(settings, video)
+    calls = [own.call(settings, video, prompt) for prompt in settings.prompts]
     say(
         f"{settings.method}, {settings.model} model: {settings.frames} frames of "
         f"{width} x {height}, tuning {settings.tune_steps} steps at "
@@ -102,11 +94,8 @@ def edit(given: EditSettings, notes: list[str], say: Callable[[str], None]) -> l
     said = [text for name, text in said.items() if name in chosen or name not in NUMBERS]
     if said:
         say(f"for the embedded model, in place of the method's own: {', '.join(said)}")
-    for note in notes:
-        say(note)
-    for pairs in words if given.words is None else ():
-        if pairs is not None:
-            say(f"words that change: {', '.join(f'{old} -> {new}' for old, new in pairs)}")
+    for line in (*notes, *asked):
+        say(line)
     check_runtime(settings)
     plan = None
     if settings.max_memory is not None:
@@ -117,9 +106,7 @@ def edit(given: EditSettings, notes: list[str], say: Callable[[str], None]) -> l
         offload = plan is not None and plan.offload
         pipe = load_pipeline(
             settings.method, str(model), settings.backend, offload=offload, settings=numbers,
-            **load_guides(
-                settings.controlnet_canny, settings.controlnet_depth, settings.depth_model
-            ),
+            **own.load(settings),
         )  # fmt: skip
         if plan is not None and plan.tile is not None:
             from tvkernels.runtime.memory import tile_vae
@@ -131,13 +118,13 @@ def edit(given: EditSettings, notes: list[str], say: Callable[[str], None]) -> l
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(artifacts() / "inductor"))
         pipe.accelerate(settings.runtime)
     cache = _cache(settings)
-    if hasattr(pipe, "what_guides"):
-        say(pipe.what_guides())
+    for line in own.say(pipe):
+        say(line)
     with runtime_refusals(settings):
         hits = preprocess(pipe, video, settings, cache, clock, say, plan, **fitting)
-    others = {n for taken in TAKES.values() for n in taken} - {*TAKES.get(settings.method, ())}
+    others = {"output_dir", *strangers(settings.method)}
     record = {
-        "settings": settings.model_dump(mode="json", exclude={"output_dir", *others}),
+        "settings": settings.model_dump(mode="json", exclude=others),
         "versions": versions(),
         "model": {"name": settings.model, "unet": type(pipe.unet).__name__},
         "device": device_name(pipe._execution_device),
@@ -145,15 +132,13 @@ def edit(given: EditSettings, notes: list[str], say: Callable[[str], None]) -> l
         "memory": None if plan is None else {**asdict(plan), "peak": plan.peak},
         "notes": [*said, *notes],
     }
-    for prompt, output, extra in zip(settings.prompts, outputs, extras, strict=True):
+    for prompt, output, call in zip(settings.prompts, outputs, calls, strict=True):
         with clock("sampling"), runtime_refusals(settings):
             pipe.set_progress_bar_config(desc="sampling", leave=False, disable=None)
-            latents = sample(pipe, prompt, settings, plan, **extra)
+            latents = sample(pipe, prompt, settings, plan, **call)
         with clock("decoding"):
             write_video(output, decode(pipe, latents, plan), video.fps)
-        record["settings"].update(prompts=[prompt], output=str(output))
-        if "words" in extra:
-            record["settings"]["words"] = ["=".join(pair) for pair in extra["words"]]
+        record["settings"].update(prompts=[prompt], output=str(output), **own.record(call))
         record["seconds"] = {**clock.seconds, "total": round(time.perf_counter() - began, 2)}
         record["date"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
         kept = output.with_suffix(".json")
@@ -179,15 +164,7 @@ def check(given: EditSettings) -> list[Path]:
         raise VideoError(f"{given.clip} does not exist")
     if given.model != EMBEDDED:
         check_model_folder(given.model)
-    for name in dict.fromkeys(name for taken in TAKES.values() for name in taken):
-        if getattr(given, name) is not None and name not in TAKES.get(given.method, ()):
-            those = ", ".join(method for method, taken in TAKES.items() if name in taken)
-            option = name.replace("_", "-")
-            raise ConfigError(f"{given.method} takes no --{option}: leave it out, or use {those}")
-    if "atlas_dir" in TAKES.get(given.method, ()):
-        _check_stable_video(given)
-    if given.words and given.mask:
-        raise ConfigError("give either --words or --mask: a mask takes the words' place")
+    check_taken(given)
     outputs = _outputs(given)
     for output in outputs:
         check_output(output, OUTPUTS)
@@ -199,33 +176,6 @@ def check(given: EditSettings) -> list[Path]:
     if isinstance(given.cache, Path):
         check_output(given.cache / "entry", ("",))
     return outputs
-
-
-def _check_stable_video(given: EditSettings) -> None:
-    if given.max_memory is not None:
-        raise ConfigError("--max-memory does not account for stable-video's atlas: leave it out")
-    if given.runtime != "eager" and (given.controlnet_canny or given.controlnet_depth):
-        raise ConfigError(f"the runtime {given.runtime} takes no ControlNet: leave one out")
-    if (given.controlnet_depth is None) != (given.depth_model is None):
-        raise ConfigError("--controlnet-depth and --depth-model go together: give both or neither")
-    if given.atlas_dir is not None and given.mask is not None:
-        raise ConfigError("give either --atlas-dir or --mask: the atlas has its layers already")
-
-
-def prompt_words(given: EditSettings, prompt: str) -> list[tuple[str, str]] | None:
-    """The (old, new) words that change for a prompt; None where the method asks for none.
-
-    Raises:
-        ConfigError: a word is not in its prompt, or the differing ones cannot be told.
-    """
-    if given.mask is not None or "words" not in TAKES.get(given.method, ()):
-        return None
-    try:
-        if given.words is None:
-            return changed_words(given.source_prompt, prompt)
-        return check_words(given.words, given.source_prompt, prompt)
-    except WordError as error:
-        raise ConfigError(f"--words: {error}") from None
 
 
 def _outputs(given: EditSettings) -> list[Path]:
@@ -332,19 +282,7 @@ def check_runtime(settings: EditSettings) -> None:
         ConfigError: it cannot, with every reason, or its memory cannot be accounted for.
     """
     from tvkernels.runtime import why_not
-    from tvkernels.runtime.runner import MAPPING
 
-    if "words" in TAKES.get(settings.method, ()):
-        if settings.max_memory is not None:
-            raise ConfigError(
-                f"--max-memory does not account for what {settings.method} keeps of every step: "
-                "leave it out"
-            )
-        if settings.mask is None and settings.runtime not in MAPPING:
-            raise ConfigError(
-                f"the runtime {settings.runtime} gives no maps of words, of which "
-                f"{settings.method} makes its mask: use {' or '.join(MAPPING)}, or give --mask"
-            )
     if settings.runtime == "eager":
         return
     if settings.max_memory is not None:
