@@ -16,6 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tvkernels._files import fingerprint
+
 logger = logging.getLogger("tvkernels")
 
 
@@ -82,16 +84,6 @@ def content_key(**parts: Any) -> str:
     """A hash of tensors, modules and plain values by name, equal where all content is equal."""
     plain = {name: _describe(part) for name, part in parts.items()}
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """A hash of names, dtypes, shapes and every byte."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
-    return digest.hexdigest()
 
 
 def _describe(part: Any) -> Any:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tvkernels import atlas_splat
+from tvkernels._files import fingerprint
 from tvkernels.atlas.model import LayeredAtlas
 from tvkernels.video import VideoError, atomic_path
 from tvkernels.video._files import need
@@ -48,7 +49,7 @@ def save_atlas(model: LayeredAtlas, folder: str | os.PathLike, info: Mapping[str
         with atomic_path(folder / f"{name}.png") as temporary:
             image.fromarray(picture).save(temporary, pnginfo=text)
     tensors = {name: x.detach().cpu().contiguous() for name, x in model.state_dict().items()}
-    metadata = {"format": FORMAT, "info": json.dumps(dict(info)), "checksum": _checksum(tensors)}
+    metadata = {"format": FORMAT, "info": json.dumps(dict(info)), "checksum": fingerprint(tensors)}
     with atomic_path(folder / MODEL) as temporary:
         try:
             safetensors.save_file(tensors, temporary, metadata)
@@ -76,7 +77,7 @@ def load_atlas(path: str | os.PathLike) -> tuple[LayeredAtlas, dict[str, Any]]:
         raise AtlasError(f"{path} cannot be read ({error}): make the atlas again") from error
     if metadata.get("format") != FORMAT:
         raise AtlasError(f"{path} is no atlas of `tvk atlas`")
-    if metadata.get("checksum") != _checksum(tensors):
+    if metadata.get("checksum") != fingerprint(tensors):
         raise AtlasError(f"{path} fails its checksum: make the atlas again")
     return from_state(tensors), json.loads(metadata["info"])
 
@@ -161,12 +162,3 @@ def _cover(model: LayeredAtlas, i: int) -> Tensor:
     uv = model.uv_maps(i).reshape(1, -1, 2)
     alpha = model.alphas()[i].reshape(1, -1, 1)
     return atlas_splat(alpha, uv, model.layers[i].size)[0][0, ..., 0]
-
-
-def _checksum(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        x = tensors[name]
-        digest.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
-        digest.update(memoryview(x.reshape(-1).view(torch.uint8).numpy()))
-    return digest.hexdigest()

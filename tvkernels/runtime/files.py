@@ -10,12 +10,14 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from tvkernels._files import atomic_path
 from tvkernels._inflate import InflatedHandle
 from tvkernels.patterns import FramePattern
 from tvkernels.recipes import Recipe
@@ -56,19 +58,7 @@ def new_folder(target: Path) -> Iterator[Path]:
                 parent.rmdir()  # refused where it is not empty, as after success
 
 
-@contextmanager
-def new_file(target: Path) -> Iterator[Path]:
-    """As `new_folder` for a file, which may be there already and is then replaced."""
-    temporary = target.with_name(f".{target.name}-{os.getpid()}")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        os.replace(temporary, target)
-    except OSError as error:
-        raise ArtifactError(f"cannot write {target}: {error.strerror or error}") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
+new_file = partial(atomic_path, error=ArtifactError)
 
 
 def check_new(target: Path) -> None:

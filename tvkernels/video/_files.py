@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import importlib
 import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from types import ModuleType
+
+from tvkernels import _files
 
 
 class VideoError(ValueError):
@@ -47,19 +47,4 @@ def check_output(path: str | os.PathLike, suffixes: tuple[str, ...]) -> Path:
     return path
 
 
-@contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside ``path``; on success it becomes ``path``, else it is removed.
-
-    An interrupt counts as failure. Operating-system errors are raised as VideoError.
-    """
-    temporary = path.with_name(f".{path.stem}-{os.getpid()}{path.suffix}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as error:
-        raise VideoError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        with suppress(OSError):
-            shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink()
+atomic_path = partial(_files.atomic_path, error=VideoError)

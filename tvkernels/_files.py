@@ -1,0 +1,41 @@
+"""Files that appear whole or not at all, and what tells the content of tensors."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+@contextmanager
+def atomic_path(path: Path, error: type[Exception]) -> Iterator[Path]:
+    """Give a temporary path beside ``path``; on success it becomes ``path``, else it is removed.
+
+    An interrupt counts as failure. Operating-system errors are raised as ``error``.
+    """
+    temporary = path.with_name(f".{path.stem}-{os.getpid()}{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as reason:
+        raise error(f"cannot write {path}: {reason.strerror or reason}") from reason
+    finally:
+        with suppress(OSError):
+            shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink()
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """A hash of names, dtypes, shapes and every byte."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+    return digest.hexdigest()
