@@ -3,6 +3,7 @@
 1. Every op, case and dtype, backward too, against the reference in float64.
 2. Every kernel 20 times on the same inputs: other bits are a race.
 3. The bench of `run.py`, and its report.
+4. Where `nsys` is, a report of Nsight Systems over a short sampling loop.
 
 Torch and triton are all this needs. Rows are on disk as soon as they are made; each step has its
 share of the time and says what it had to leave out. The exit status is 1 where anything is wrong,
@@ -26,7 +27,7 @@ import torch
 
 from tvkernels import _native
 from tvkernels._dispatch import ON_DEVICE, OPS
-from tvkernels.benchmarks import gate, machine, report, rivals
+from tvkernels.benchmarks import gate, machine, profile_nsight, report, rivals
 from tvkernels.benchmarks import run as bench
 from tvkernels.benchmarks.cases import DTYPES
 from tvkernels.ops import NAMES, specs
@@ -96,6 +97,9 @@ def main(argv: Sequence[str] | None = None, again: Sequence[str] = ()) -> int:
         return check_share(plan, given.dtype, given.until)
     if given.step == "bench":
         return bench_share(plan, given)
+    if given.step == "sample":
+        profile_nsight.sample(plan.device, plan.ops)
+        return 0
     return everything(plan)
 
 
@@ -107,7 +111,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=bench.RESULTS.parent, help="a folder")
     parser.add_argument("--small", action="store_true", help="leave out the real shapes")
     hidden = argparse.SUPPRESS
-    parser.add_argument("--step", choices=("check", "bench"), help=hidden)
+    parser.add_argument("--step", choices=("check", "bench", "sample"), help=hidden)
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help=hidden)
     parser.add_argument("--until", type=float, default=float("inf"), help=hidden)
     parser.add_argument("--pass", dest="number", type=int, default=0, help=hidden)
@@ -116,7 +120,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def everything(plan: Plan) -> int:
-    """The three steps, the summary, and the exit status."""
+    """All steps, the summary, and the exit status."""
     began = time.time()
     end = began + 60 * plan.minutes
     for path in (plan.checks, plan.times):
@@ -126,11 +130,13 @@ def everything(plan: Plan) -> int:
     checking(plan, began + CHECKING * (end - began))
     checks = _rows(plan.checks)
     print(_passed("checks and repeats", checks, began), flush=True)
-    benching(plan, end - GRACE)
+    unseen = profile_nsight.why_not(plan.device)
+    benching(plan, end - GRACE - (0 if unseen else profile_nsight.SECONDS))
     times = _rows(plan.times)
     print(_passed("bench", times, began), flush=True)
     if any(row["median_s"] for row in times):
         report.write(plan.times, say=print)
+    print(nsight(plan) if unseen is None else f"Nsight Systems: not taken: {unseen}", flush=True)
     faults = summary(checks, times, plan.ops)
     print("\n".join(faults) if faults else "make gpu: all that was run is right")
     print(f"rows are in {plan.checks} and {plan.times}; {time.time() - began:.0f} s in all")
@@ -216,6 +222,12 @@ def bench_share(plan: Plan, given: argparse.Namespace) -> int:
             deadline=time.monotonic() + given.until - time.time(),
         )  # fmt: skip
     return 0
+
+
+def nsight(plan: Plan) -> str:
+    """Step 4, in a line."""
+    words = [word for op in plan.ops for word in ("--op", op)]
+    return profile_nsight.record(plan.command("sample", *words), plan.folder)
 
 
 def summary(checks: Sequence[dict], times: Sequence[dict], ops: Sequence[str]) -> list[str]:

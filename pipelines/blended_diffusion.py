@@ -16,6 +16,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from tvkernels import guided_ddim_step
+from tvkernels._ranges import each_step, span
 from tvkernels.pipelines.cache import Cache, content_key
 from tvkernels.pipelines.common import ddim_table
 from tvkernels.pipelines.masks import FLOORS, GivenMask, WordMask, latent_mask
@@ -156,8 +157,9 @@ class BlendedDiffusionPipeline(OneShotPipeline):
         text = self.runner.text(self._encode_prompts([prompt]))
         timesteps, rows = ddim_table(self.inverse_scheduler, steps, 1.0, latents.device)
         path, maps = [latents], []
-        with self.progress_bar(total=steps) as bar:
-            for time, row in zip(self.runner.times(timesteps), rows, strict=True):
+        pairs = zip(self.runner.times(timesteps), rows, strict=True)
+        with span("method", "invert"), self.progress_bar(total=steps) as bar:
+            for time, row in each_step(pairs):
                 noise, seen = self._predict(path[-1], time, text, **self._look(words))
                 path.append(guided_ddim_step(path[-1], noise, row))
                 maps.append(seen)

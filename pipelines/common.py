@@ -12,6 +12,7 @@ from diffusers import DDIMInverseScheduler, DDIMScheduler
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
+from tvkernels._ranges import span
 from tvkernels.pipelines.checks import ModelError
 
 
@@ -105,7 +106,7 @@ def decode_chunks(vae, latents: Tensor, chunk: int = 8) -> Iterator[Tensor]:
     A chunk is decoded when it is asked for: the clip is never in memory whole.
     """
     for part in latents.split(chunk):
-        with torch.no_grad():
+        with span("method", "decode"), torch.no_grad():
             pixels = vae.decode(part.to(vae.dtype) / vae.config.scaling_factor).sample
             pixels = pixels.float().div_(2).add_(0.5).clamp_(0, 1)
         yield pixels

@@ -18,6 +18,7 @@ from torch import Tensor
 import tvkernels
 from tvkernels import guided_ddim_step, inflate
 from tvkernels._inflate import is_tuned
+from tvkernels._ranges import each_step, span, watch
 from tvkernels.pipelines.cache import Cache, content_key
 from tvkernels.pipelines.checks import check_unet
 from tvkernels.pipelines.common import (
@@ -89,6 +90,7 @@ class OneShotPipeline(DiffusionPipeline):
         self.settings = settings or type(self).settings
         self.backend, self.attention = backend, attention
         self.video_processor = VideoProcessor(do_resize=False)
+        watch(vae)
         self.inverted: Tensor | None = None
         self._interrupt = False
         self._shape: torch.Size | None = None
@@ -222,8 +224,8 @@ class OneShotPipeline(DiffusionPipeline):
         optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=self.settings.weight_decay)
         self.unet.train()
         last = self.scheduler.config.num_train_timesteps
-        with self.progress_bar(total=steps) as bar:
-            for _ in range(steps):
+        with span("method", "tune"), self.progress_bar(total=steps) as bar:
+            for _ in each_step(range(steps)):
                 draw = device if generator is None else generator.device
                 t = torch.randint(last, (1,), generator=generator, device=draw).to(device)
                 noise = randn_tensor(latents.shape, generator, device, latents.dtype)
@@ -268,8 +270,8 @@ class OneShotPipeline(DiffusionPipeline):
         text = self.runner.text(self._encode_prompts([self.settings.inversion_prompt]))
         timesteps, rows = ddim_table(self.inverse_scheduler, steps, 1.0, latents.device)
         times = self.runner.times(timesteps)
-        with self.progress_bar(total=steps) as bar:
-            for time, row in zip(times, rows, strict=True):
+        with span("method", "invert"), self.progress_bar(total=steps) as bar:
+            for time, row in each_step(zip(times, rows, strict=True)):
                 noise = self.runner(latents, time, text, return_dict=False)[0]
                 latents = guided_ddim_step(latents, noise, row)
                 bar.update()
@@ -338,8 +340,8 @@ class OneShotPipeline(DiffusionPipeline):
         latents = latents.to(self._execution_device, prompt_embeds.dtype)
         timesteps, rows = ddim_table(self.scheduler, steps, guidance, latents.device)
         times, text, projected = self.runner.times(timesteps), None, None
-        with self.progress_bar(total=steps) as bar:
-            for i, t in enumerate(timesteps):
+        with span("method", "sample"), self.progress_bar(total=steps) as bar:
+            for i, t in enumerate(each_step(timesteps)):
                 if self.interrupt:
                     continue
                 if projected is not prompt_embeds:  # the first time, and where a callback gave new

@@ -19,6 +19,7 @@ from torch import Tensor
 
 import tvkernels
 from tvkernels import atlas_composite, atlas_sample, atlas_splat, guided_ddim_step
+from tvkernels._ranges import each_step, span
 from tvkernels.atlas import AtlasSettings, LayeredAtlas, train_atlas
 from tvkernels.atlas.files import from_state
 from tvkernels.atlas.keys import aggregate, key_frames, median
@@ -404,8 +405,8 @@ class _Job:
         if net is not None:
             hint = net.controlnet_cond_embedding(condition.to(clean.dtype))
         times, text, projected = pipe.runner.times(timesteps), None, None
-        with pipe.progress_bar(total=self.steps - first) as bar:
-            for i in range(first, self.steps):
+        with span("method", "sample"), pipe.progress_bar(total=self.steps - first) as bar:
+            for i in each_step(range(first, self.steps)):
                 if pipe.interrupt:
                     continue
                 if projected is not prompt_embeds:
@@ -431,9 +432,11 @@ class _Job:
         text = pipe.runner.text(pipe._encode_prompts([pipe.settings.inversion_prompt]))
         timesteps, rows = ddim_table(pipe.inverse_scheduler, self.steps, 1.0, clean.device)
         levels = [clean]
-        for time, row in list(zip(pipe.runner.times(timesteps), rows, strict=True))[:count]:
-            noise = pipe._predict(levels[-1], time, text)[0]
-            levels.append(guided_ddim_step(levels[-1], noise, row))
+        pairs = list(zip(pipe.runner.times(timesteps), rows, strict=True))[:count]
+        with span("method", "invert"):
+            for time, row in each_step(pairs):
+                noise = pipe._predict(levels[-1], time, text)[0]
+                levels.append(guided_ddim_step(levels[-1], noise, row))
         return levels
 
     @staticmethod

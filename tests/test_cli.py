@@ -20,7 +20,7 @@ pytest.importorskip("yaml")
 import numpy as np
 
 import tvkernels
-from tvkernels.cli import main
+from tvkernels.cli import app, main
 from tvkernels.demo import MODEL_DIR
 from tvkernels.demo.settings import OVERRIDES
 from tvkernels.demo.world import edit_pair
@@ -392,7 +392,7 @@ def test_cheap_mistakes_are_found_before_the_slow_imports():
 # A real signal to a real process, in the third step of its tuning.
 INTERRUPTED = """
 import os, signal, sys, torch
-from tvkernels.cli import main
+from tvkernels.cli import app, main
 # A shell's background job, as CI may be one, starts with the signal ignored.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 taken, step = [], torch.optim.AdamW.step
@@ -452,3 +452,17 @@ def test_the_small_commands(tvk):
     status, shown, complaints = tvk()
     assert (status, complaints) == (2, "")
     assert "edit" in shown
+
+
+def test_no_help_text_is_swallowed():
+    """What stands in square brackets is markup to rich, and is not shown."""
+    import typer
+
+    def options(command, name):
+        for sub in getattr(command, "commands", {}).values():
+            yield from options(sub, f"{name} {sub.name}")
+        yield from ((f"{name} {option.name}", option.help or "") for option in command.params)
+
+    found = list(options(typer.main.get_command(app), "tvk"))
+    assert len(found) > 80
+    assert [name for name, text in found if "[" in text] == []

@@ -18,6 +18,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from tvkernels._ranges import span
+
 # The order "auto" tries them in: native is our C++ for CPUs, cpu composed PyTorch. CUDA C++ comes
 # after Triton until a measurement puts it first: it takes what Triton has a reason against.
 BACKENDS = ("triton", "cuda", "native", "cpu", "reference")
@@ -152,7 +154,7 @@ class Op:
 
     def _run(self, *args):
         *args, backend = args
-        with _no_autocast(args):
+        with span("op", self.name), _no_autocast(args):
             return self.resolve(backend, *args).forward(*args)
 
     def _reached(self, args) -> list[int]:
@@ -161,7 +163,7 @@ class Op:
     def _run_backward(self, grads, *args):
         *args, backend = args
         module = self.resolve(backend, *args)
-        with _no_autocast(args):
+        with span("op", f"{self.name}_backward"), _no_autocast(args):
             if backend_name(module) in OPAQUE and not brings_backward(module, args):
                 module = self.backend("cpu")  # composed PyTorch, which runs on every device
             if hasattr(module, "backward"):

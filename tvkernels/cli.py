@@ -15,6 +15,8 @@ import tvkernels
 from tvkernels import BackendError
 from tvkernels._console import UNEXPECTED, console, say
 from tvkernels.benchmarks.commands import bench
+from tvkernels.benchmarks.profile_command import profile_command
+from tvkernels.benchmarks.publish import report
 from tvkernels.config import ConfigError, read_config, resolve
 from tvkernels.pipelines import METHODS
 from tvkernels.pipelines.checks import ModelError
@@ -30,6 +32,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(bench, name="bench")
+app.command("report")(report)
+app.command("profile")(profile_command)
 
 
 def _version(wanted: bool) -> None:
@@ -50,7 +54,7 @@ def common(
     pass
 
 
-METHOD_HELP = f"One of {', '.join(METHODS)}. [default: ei2]"
+METHOD_HELP = f"One of {', '.join(METHODS)}. (default: ei2)"
 
 
 @app.command("edit")
@@ -72,28 +76,28 @@ def edit_command(
         str | None,
         typer.Option(
             help="A Stable Diffusion 1.x directory in diffusers' layout, or a hub name. "
-            "[default: the embedded model of the shapes world]"
+            "(default: the embedded model of the shapes world)"
         ),
     ] = None,
     frames: Annotated[
-        int | None, typer.Option(help="Frames to take. [default: the method's, or all there are]")
+        int | None, typer.Option(help="Frames to take. (default: the method's, or all there are)")
     ] = None,
     start: Annotated[int | None, typer.Option(help="First frame to take, from 0.")] = None,
     stride: Annotated[int | None, typer.Option(help="Take every so-manieth frame.")] = None,
     size: Annotated[
-        int | None, typer.Option(help="Pixels of the shorter side. [default: the model's]")
+        int | None, typer.Option(help="Pixels of the shorter side. (default: the model's)")
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(help="DDIM steps of inversion and sampling. [default: method's]")
+        int | None, typer.Option(help="DDIM steps of inversion and sampling. (default: method's)")
     ] = None,
     tune_steps: Annotated[
-        int | None, typer.Option(help="Steps of the one-shot tuning. [default: the method's]")
+        int | None, typer.Option(help="Steps of the one-shot tuning. (default: the method's)")
     ] = None,
     learning_rate: Annotated[
-        float | None, typer.Option(help="Of the tuning. [default: the method's]")
+        float | None, typer.Option(help="Of the tuning. (default: the method's)")
     ] = None,
     guidance: Annotated[
-        float | None, typer.Option(help="Guidance scale. [default: the method's]")
+        float | None, typer.Option(help="Guidance scale. (default: the method's)")
     ] = None,
     negative_prompt: Annotated[
         str | None, typer.Option(help="What the edited clip shall not show.")
@@ -102,7 +106,7 @@ def edit_command(
         list[str] | None,
         typer.Option(
             help="old=new, such as 'red circle=blue star': what changes, for blended-diffusion; "
-            "repeat it. [default: the words by which the prompts differ]"
+            "repeat it. (default: the words by which the prompts differ)"
         ),
     ] = None,
     mask: Annotated[
@@ -111,16 +115,16 @@ def edit_command(
             help="Image, video or folder, bright where the clip may change, in place of --words."
         ),
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Same seed, same bytes. [default: 0]")] = None,
+    seed: Annotated[int | None, typer.Option(help="Same seed, same bytes. (default: 0)")] = None,
     backend: Annotated[
         str | None,
-        typer.Option(help="auto, triton, cuda, native, cpu or reference. [default: auto]"),
+        typer.Option(help="auto, triton, cuda, native, cpu or reference. (default: auto)"),
     ] = None,
     runtime: Annotated[
         str | None,
         typer.Option(
             help="What inversion and sampling run under: eager, compile, cuda_graph, onnx, "
-            "tensorrt or aoti. [default: eager]"
+            "tensorrt or aoti. (default: eager)"
         ),
     ] = None,
     max_memory: Annotated[
@@ -132,7 +136,7 @@ def edit_command(
     ] = None,
     cache: Annotated[
         Path | None,
-        typer.Option(help="Folder that keeps preprocessing. [default: ~/.cache/tvkernels]"),
+        typer.Option(help="Folder that keeps preprocessing. (default: ~/.cache/tvkernels)"),
     ] = None,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Keep and reuse nothing.")] = False,
     atlas: Annotated[
@@ -143,21 +147,21 @@ def edit_command(
         ),
     ] = None,
     atlas_layer: Annotated[
-        str | None, typer.Option(help="Which layer that PNG is. [default: what its name says]")
+        str | None, typer.Option(help="Which layer that PNG is. (default: what its name says)")
     ] = None,
     atlas_dir: Annotated[
         Path | None,
         typer.Option(
-            help="Folder that `tvk atlas` wrote, for --atlas or stable-video. [default: the PNG's]"
+            help="Folder that `tvk atlas` wrote, for --atlas or stable-video. (default: the PNG's)"
         ),
     ] = None,
     foreground_prompt: Annotated[
         str | None,
-        typer.Option(help="Of stable-video: the objects alone. [default: the prompt]"),
+        typer.Option(help="Of stable-video: the objects alone. (default: the prompt)"),
     ] = None,
     background_prompt: Annotated[
         str | None,
-        typer.Option(help="Of stable-video: the background alone. [default: it stays]"),
+        typer.Option(help="Of stable-video: the background alone. (default: it stays)"),
     ] = None,
     controlnet_canny: Annotated[
         str | None, typer.Option(help="Of stable-video: a ControlNet on edges, for the objects.")
@@ -225,26 +229,26 @@ def _edit_by_atlas(given: dict, pictures: list[Path], layer, folder, config) -> 
 def atlas_command(
     clip: Annotated[Path, typer.Argument(help="The source: a video file or a folder of images.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="A folder.")],
-    frames: Annotated[int | None, typer.Option(help="Frames to take. [default: all]")] = None,
+    frames: Annotated[int | None, typer.Option(help="Frames to take. (default: all)")] = None,
     start: Annotated[int, typer.Option(help="First frame to take, from 0.")] = 0,
     stride: Annotated[int, typer.Option(help="Take every so-manieth frame.")] = 1,
     size: Annotated[
-        int | None, typer.Option(help="Pixels of the shorter side. [default: the clip's]")
+        int | None, typer.Option(help="Pixels of the shorter side. (default: the clip's)")
     ] = None,
     mask: Annotated[
         list[Path] | None,
         typer.Option(
             help="Image, video or folder, bright where the object is; repeat it for several "
-            "foreground layers, the front one first. [default: what moves]"
+            "foreground layers, the front one first. (default: what moves)"
         ),
     ] = None,
     layers: Annotated[int, typer.Option(min=1, help="Foreground layers without masks.")] = 1,
     steps: Annotated[
         int | None,
-        typer.Option(min=0, help="Of the training. [default: every pixel is seen 40 times]"),
+        typer.Option(min=0, help="Of the training. (default: every pixel is seen 40 times)"),
     ] = None,
     points: Annotated[
-        int | None, typer.Option(min=1, help="Pixels in each step. [default: a 32nd of all]")
+        int | None, typer.Option(min=1, help="Pixels in each step. (default: a 32nd of all)")
     ] = None,
     flow: Annotated[str, typer.Option(help="dis or farneback.")] = "dis",
     seed: Annotated[int, typer.Option(min=0, help="Of everything drawn.")] = 0,
@@ -273,10 +277,10 @@ def export_command(
         str, typer.Option(help="A Stable Diffusion 1.x directory, a hub name, or embedded.")
     ] = "embedded",
     frames: Annotated[
-        int | None, typer.Option(help="Frames per clip, fixed in the file. [default: method's]")
+        int | None, typer.Option(help="Frames per clip, fixed in the file. (default: method's)")
     ] = None,
     size: Annotated[
-        int | None, typer.Option(help="Pixels of the square picture. [default: the model's]")
+        int | None, typer.Option(help="Pixels of the square picture. (default: the model's)")
     ] = None,
     dtype: Annotated[str, typer.Option(help="fp16 or fp32.")] = "fp32",
     opset: Annotated[
@@ -358,11 +362,11 @@ def demo(
 @app.command()
 def kernels(
     arch: Annotated[
-        list[str] | None, typer.Option(help="sm_90 and the like, repeated. [default: all]")
+        list[str] | None, typer.Option(help="sm_90 and the like, repeated. (default: all)")
     ] = None,
-    op: Annotated[list[str] | None, typer.Option(help="Repeat it. [default: all]")] = None,
+    op: Annotated[list[str] | None, typer.Option(help="Repeat it. (default: all)")] = None,
     dtype: Annotated[
-        list[str] | None, typer.Option(help="float16, bfloat16, float32. [default: all]")
+        list[str] | None, typer.Option(help="float16, bfloat16, float32. (default: all)")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
     output: Annotated[

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tvkernels._dispatch import BackendError
 from tvkernels._inflate import InflatedHandle
+from tvkernels._ranges import watch
 from tvkernels.patterns import FrameTable
 from tvkernels.processors.maps import LEVELS
 from tvkernels.runtime.program import mixes_frames, shape_of
@@ -83,6 +84,7 @@ class Runner:
                 f"the runtime {backend} has no option {sorted(unknown)[0]!r}: it takes {known}"
             )
         self._steps: dict[tuple, Step] = {}
+        watch(handle.model)
 
     @property
     def config(self):
