@@ -13,11 +13,11 @@ pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from plain_blended import PlainBlended
 from tiny_unets import clip_inputs, one_level_unet, seeded, tiny_unet
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from tvkernels import inflate
+from tvkernels.benchmarks.reference import load_reference
 from tvkernels.demo import MODEL_DIR
 from tvkernels.pipelines.blended_diffusion import SETTINGS, BlendedDiffusionPipeline
 from tvkernels.pipelines.cache import Cache
@@ -94,21 +94,13 @@ def test_is_the_papers_method(build, clip, floor, threshold, levels, after):
     masks = []
     keep = lambda p, i, t, tensors: masks.append(p.mask.clone()) or {}  # noqa: E731
     found = edit(pipe, clip, words=words, guidance_scale=3.0, callback_on_step_end=keep)
-    kept = pipe.source
-    pipe.handle.remove()
-    plain = PlainBlended(
-        pipe.unet, pipe.scheduler.alphas_cumprod.double(), STEPS, FRAMES, SIZE, levels, threshold,
-        floor,
-    )  # fmt: skip
-    old, new = ([word_tokens(pipe.tokenizer, prompt, pair[side], after) for pair in words]
-                for side, prompt in enumerate((SOURCE, TARGET)))  # fmt: skip
-    text = pipe._encode_prompts([SOURCE, "", TARGET])
-    path, seen = plain.invert(pipe._encode_video(clip, 8).double(), text[:1], old)
-    torch.testing.assert_close(kept.latents, torch.stack(path), rtol=1e-5, atol=1e-5)
-    expected, wanted = plain.edit(path, seen, text[1:], new, 3.0)
+    plain = load_reference(pipe)
+    plain.invert(pipe._encode_video(clip, 8).double(), SOURCE, STEPS)
+    torch.testing.assert_close(pipe.source.latents, torch.stack(plain.path), rtol=1e-5, atol=1e-5)
+    expected = plain.sample(plain.path[-1], TARGET, STEPS, 3.0, words=words)
     share = torch.stack(masks).double().mean().item()
     assert 0.05 < share < 0.95, f"a mask of {share:.0%} shows nothing"
-    assert torch.equal(torch.stack(masks), torch.stack(wanted))
+    assert torch.equal(torch.stack(masks), torch.stack(plain.masks))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 

@@ -542,3 +542,26 @@ def test_a_full_size_sd15_unet_takes_a_training_step():
     handle.remove()
     after = unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q.weight
     assert torch.equal(before, after)
+
+
+def test_a_feed_forward_in_parts_is_the_same_with_less_memory(monkeypatch):
+    from tvkernels import _inflate
+    from tvkernels.benchmarks.timing import peak_bytes
+
+    unet = tiny_unet()
+    handle = inflate(unet, recipes.FRAME_BY_FRAME)
+    ff = next(m.ff for n, m in unet.named_modules() if type(m).__name__ == "BasicTransformerBlock")
+    x = torch.randn(12, 64, ff.net[2].out_features)
+    found, peaks = [], []
+    for rows in (12 * 64, 128):
+        monkeypatch.setitem(_inflate.ROWS, "cpu", rows)
+        with torch.no_grad():
+            found.append(ff(x))
+            peaks.append(peak_bytes(lambda: ff(x), x.device))
+    assert torch.equal(*found)
+    assert peaks[1] < peaks[0] / 2
+    monkeypatch.setitem(_inflate.ROWS, "cpu", 128)
+    with torch.enable_grad():
+        assert peak_bytes(lambda: ff(x), x.device) >= peaks[0], "what is differentiated stays whole"
+    handle.remove()
+    assert "forward" not in vars(ff)

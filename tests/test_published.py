@@ -5,10 +5,10 @@ import torch
 
 pytest.importorskip("diffusers")
 
-from plain_tune_a_video import PlainTuneAVideo
 from tiny_unets import TINY, assert_rounding, clip_inputs, tiny_unet
 
 from tvkernels import inflate, install, load_published
+from tvkernels.benchmarks.reference.tune_a_video import VideoUNet
 from tvkernels.recipes import EI2, FRAME_BY_FRAME, TUNE_A_VIDEO
 
 SIZES = {"layers_per_block": 2}
@@ -17,7 +17,7 @@ SIZES = {"layers_per_block": 2}
 @pytest.fixture(scope="module")
 def plain():
     torch.manual_seed(5)
-    model = PlainTuneAVideo(
+    model = VideoUNet(
         TINY["block_out_channels"], SIZES["layers_per_block"], TINY["attention_head_dim"],
         TINY["cross_attention_dim"], TINY["norm_num_groups"],
     ).eval()  # fmt: skip

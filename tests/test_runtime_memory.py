@@ -142,7 +142,7 @@ SD15_PLANS = {
     "frame-by-frame": {
         (12, "cpu"): (8, False, False, False),
         (8, "cpu"): (4, False, False, False),
-        (6, "cpu"): (2, True, False, False),
+        (6, "cpu"): (2, False, False, False),
         (4.6, "cuda"): (4, True, False, True),
     },
     "ei2": {
