@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c const
 # What `make setup` was given a compiler for is compiled again when a source has changed.
 CSRC := $(wildcard csrc/*.cpp csrc/*/*.* csrc/*/*/*.*)
 
-.PHONY: setup native demo test test-slow lint bench gpu clean
+.PHONY: setup native demo test test-slow lint bench bench-check report gpu clean
 
 setup: $(STAMP)
 
@@ -48,6 +48,15 @@ lint: setup
 bench: setup
 	$(BIN)/tvk bench quality --scenes 4
 	$(BIN)/tvk bench ops
+
+# What got slower or heavier: than a revision, measured in turns with it (AGAINST=HEAD~1), or than
+# what `CHECK=--store` kept on this machine. About two minutes; an error where something did.
+bench-check: setup
+	$(BIN)/python -m tvkernels.benchmarks.check $(if $(AGAINST),--against $(AGAINST)) $(CHECK)
+
+# The plots beside the page need matplotlib, of the extra `bench`.
+report: setup
+	$(BIN)/tvk report -o docs/report.html --readme
 
 # Nothing is installed here: a machine with a GPU needs torch and triton, in the environment or in
 # the python that is found first. TRITON_PTXAS_PATH names another ptxas. The CUDA library takes part
