@@ -21,7 +21,6 @@ from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 from tvkernels import _ranges
 from tvkernels.benchmarks.limits import Rates
 from tvkernels.ops import specs
-from tvkernels.ops.frame_attention.spec import PATTERNS
 from tvkernels.testing.calls import tensors
 
 BACKWARD = "_backward"
@@ -29,66 +28,6 @@ ALLOCATIONS = ("empty", "new_empty")
 OVERWRITES = ("copy_", "fill_", "zero_")  # do not read what they write
 EXPONENTIALS = ("_softmax", "exp", "gelu", "sigmoid", "silu", "tanh")  # one an element
 ATTENTION = "_scaled_dot_product"
-
-
-def _shape(names: str, x: Tensor) -> dict[str, int]:
-    return dict(zip(names, x.shape, strict=True))
-
-
-def _frame_attention(q, k, v, row_ptr, segments, levels, h, w, scale, lse):
-    frames, grid = k.shape[1], (h, w) if h else (q.shape[2], 1)
-    if q.shape[1] != frames:
-        return None  # which of the cached frames ask is in no tensor's shape
-    case = _shape("bfnhd", q) | {"grid": grid, "lse": lse, "queries": None}
-    for name, pattern in PATTERNS.items():
-        try:
-            table = pattern.table(frames, device=segments.device)
-        except ValueError:  # rows for another number of frames
-            continue
-        if torch.equal(table.row_ptr, row_ptr) and torch.equal(table.segments, segments):
-            return case | {"pattern": name}
-    return None
-
-
-def _temporal_module(z, w_q, w_k, w_v, w_out, bias, sigma_v, sigma_out, heads):
-    return _shape("bfnc", z) | {"heads": heads}
-
-
-def _temporal_conv(x, weight, bias, norm, shift, residual, groups, eps, stride, frames):
-    return {
-        "shape": tuple(x.shape), "out": weight.shape[0], "kernel": weight.shape[2],
-        "stride": stride, "frames": frames, "norm": norm is not None,
-        "residual": residual is not None,
-    }  # fmt: skip
-
-
-# op -> its registered call's parameters as its spec knows them; None where no case is like it.
-PARAMETERS = {
-    "frame_attention": _frame_attention,
-    "temporal_attention": lambda q, *_: _shape("bfnhd", q),
-    "instance_center": lambda z: _shape("bfnc", z),
-    "spectral_linear": lambda x, w, *_: {
-        "lead": x.shape[:-1], "c_in": w.shape[1], "c_out": w.shape[0]
-    },
-    "power_iteration": lambda w, u, steps: {
-        "c_in": w.shape[1], "c_out": w.shape[0], "steps": steps
-    },
-    "shift_restricted_temporal_attention": _temporal_module,
-    "token_map_attention": lambda q, k, v, tokens, scale: _shape("bfnhd", q)
-    | {"tokens": tokens, "length": k.shape[1]},
-    "guided_ddim_step": lambda x, noise, step, mask, background: {
-        "shape": tuple(x.shape), "guided": noise.shape[0] > x.shape[0],
-        "mask": None if mask is None else tuple(mask.shape),
-    },
-    "latent_blend": lambda x, background, mask: {"shape": x.shape, "mask": mask.shape},
-    "clip_group_norm": lambda x, w, b, groups, eps, silu: {"shape": tuple(x.shape), "silu": silu},
-    "atlas_sample": lambda atlas, uv: {"atlas": tuple(atlas.shape), "points": uv.shape[1]},
-    "atlas_splat": lambda values, uv, weight, *size: {
-        "values": tuple(values.shape), "size": size, "weighted": weight is not None
-    },
-    "atlas_composite": lambda layers, alpha: {"layers": tuple(layers.shape)},
-    "temporal_conv": _temporal_conv,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -141,7 +80,7 @@ def _of_ours(name: str, args: tuple) -> Work | None:
     backward = name.endswith(BACKWARD)
     spec = specs()[name.removesuffix(BACKWARD)]
     args = args[1:-1] if backward else args[:-1]  # without outer gradients and the backend's name
-    case = PARAMETERS[spec.name](*args)
+    case = spec.case_of(*args)
     if case is None:
         return None
     size = next(x for x in args if isinstance(x, Tensor)).element_size() / 2

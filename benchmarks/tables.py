@@ -63,7 +63,22 @@ SYSTEMS = {
     ("blended-diffusion", "blended-no-mask"): "blended diffusion - no mask",
     ("blended-diffusion", "blended-own-frame"): "blended diffusion - own frame alone",
     ("tcve", "tune-a-video"): "TCVE - Tune-A-Video",
+    ("tcve", "tcve-paper"): "TCVE - the form that the paper writes",
+    ("tcve", "tcve-no-temporal-unet"): "TCVE - without the temporal U-Net (table II)",
+    ("tcve", "tcve-no-unit"): "TCVE - without the unit (table II)",
+    ("tcve", "tcve-no-attention"): "TCVE - unit without attention (table III)",
+    ("tcve", "tcve-no-3d-convolution"): "TCVE - unit without 3-D convolution (table III)",
     ("stable-video", "tune-a-video"): "StableVideo - Tune-A-Video",
+    (
+        "stable-video",
+        "stable-video-sequential",
+    ): "StableVideo - key frames in sequence (fig. 11)",
+    (
+        "stable-video",
+        "stable-video-random",
+    ): "StableVideo - key frames from own noise (fig. 11)",
+    ("stable-video", "stable-video-fixed"): "StableVideo - key frames from one noise (fig. 11)",
+    ("stable-video", "stable-video-median"): "StableVideo - median in place of the network",
 }
 # The baseline first, then as they were published.
 SHOWN = ("frame-by-frame", "tune-a-video", "ei2", "tcve", "blended-diffusion", "stable-video")
@@ -239,6 +254,35 @@ def pipelines(results: Results) -> Table:
     return Table(head, found, rows)
 
 
+def steps(results: Results) -> Table:
+    """What a step takes a reference, as multiples of ours: seconds, then peak memory.
+
+    Each cell is math attention's, then SDPA's.
+    """
+    rows = [row for row in newest("pipelines", results["pipelines"]) if row["model"] == "half-sd"]
+    by = {(r["method"], r["frames"], r["phase"], r["provider"]): r for r in rows}
+    phases, found = ("inversion", "sampling", "tuning"), []
+
+    def cell(clip: tuple, phase: str, measure: str) -> Cell:
+        ours = by.get((*clip, phase, "ours"))
+        if ours is None or ours[measure] is None:
+            return Cell("")
+        others = [by.get((*clip, phase, name)) for name in ("reference", "reference-sdpa")]
+        ratios = [f"{row[measure] / ours[measure]:.2f}" if row and row[measure] else "not measured"
+                  for row in others]  # fmt: skip
+        return Cell(" / ".join(ratios), ours["id"])
+
+    for method, frames in dict.fromkeys((row["method"], row["frames"]) for row in rows):
+        cells = [
+            cell((method, frames), phase, measure)
+            for measure in ("seconds", "peak_bytes")
+            for phase in phases
+        ]
+        found.append([f"{method}, {frames} frames", *cells])
+    titles = [f"{kind}, {phase}" for kind in ("time", "memory") for phase in phases]
+    return Table(["math / SDPA, times ours", *titles], found, rows)
+
+
 def atlas(results: Results) -> Table:
     """Training of atlases: seconds and what they give back."""
     found = []
@@ -300,6 +344,7 @@ TABLES: dict[str, Callable[[Results], Table]] = {
     "ablation": ablation,
     "systems": systems,
     "native": native,
+    "steps": steps,
     "pipelines": pipelines,
     "runtimes": runtimes,
     "edits": edits,

@@ -562,6 +562,8 @@ def test_a_feed_forward_in_parts_is_the_same_with_less_memory(monkeypatch):
     assert peaks[1] < peaks[0] / 2
     monkeypatch.setitem(_inflate.ROWS, "cpu", 128)
     with torch.enable_grad():
-        assert peak_bytes(lambda: ff(x), x.device) >= peaks[0], "what is differentiated stays whole"
+        assert peak_bytes(lambda: ff(x), x.device) >= peaks[0], (
+            "what is differentiated stays whole"
+        )
     handle.remove()
     assert "forward" not in vars(ff)

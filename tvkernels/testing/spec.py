@@ -23,6 +23,8 @@ class OpSpec:
         inputs: (parameters, make) -> (positional, keyword) arguments of the public function, where
             make(*shape, like=...) returns a fresh random tensor of the case's dtype and device.
         flops, bytes, exps: parameters -> count; bytes for an element size of 2 unless given.
+        case_of: the registered call's arguments -> parameters, so that a profile can count a call;
+            None where no case is like it.
         gradients: names or positions of arguments that gradients reach, () for none.
         budget, gradient_budget: factors of the error budgets of results and gradients; a value
             other than 2 needs its reason beside it.
@@ -34,6 +36,7 @@ class OpSpec:
     inputs: Callable
     flops: Callable[[Mapping[str, Any]], int]
     bytes: Callable[[Mapping[str, Any]], int]
+    case_of: Callable[..., Mapping[str, Any] | None]
     exps: Callable[[Mapping[str, Any]], int] = field(default=lambda case: 0)
     gradients: tuple[int | str, ...] = ()
     budget: float = 2.0
@@ -54,6 +57,11 @@ class OpSpec:
     def real_cases(self) -> list[str]:
         """Cases of real UNets' shapes."""
         return [name for name in self.cases if name.startswith("sd")]
+
+
+def sizes(names: str, x: Tensor) -> dict[str, int]:
+    """The tensor's sizes by one letter each."""
+    return dict(zip(names, x.shape, strict=True))
 
 
 class Maker:

@@ -42,6 +42,7 @@ SPEC = OpSpec(
     name="atlas_sample",
     cases=CASES,
     inputs=inputs,
+    case_of=lambda atlas, uv: {"atlas": tuple(atlas.shape), "points": uv.shape[1]},
     flops=lambda case: 8 * _results(case) + 16 * case["atlas"][0] * case["points"],
     bytes=_bytes,
     gradients=(0, 1),

@@ -43,6 +43,11 @@ SPEC = OpSpec(
     name="atlas_splat",
     cases=CASES,
     inputs=inputs,
+    case_of=lambda values, uv, weight, *size: {
+        "values": tuple(values.shape),
+        "size": size,
+        "weighted": weight is not None,
+    },
     flops=lambda case: _points(case) * (16 + 8 * (case["values"][2] + 1)),
     bytes=_bytes,
     gradients=(0,),

@@ -48,6 +48,7 @@ SPEC = OpSpec(
     name="clip_group_norm",
     cases=CASES,
     inputs=inputs,
+    case_of=lambda x, w, b, groups, eps, silu: {"shape": tuple(x.shape), "silu": silu},
     # mean, centred square, scale and shift: six an element, and three for y * sigmoid(y)
     flops=lambda case: (6 + 3 * case["silu"]) * _size(case),
     bytes=lambda case: 2 * (2 * _size(case) + 2 * case["shape"][2]),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import torch
+
 from tvkernels.patterns import FramePattern
-from tvkernels.testing.spec import OpSpec
+from tvkernels.testing.spec import OpSpec, sizes
 
 PATTERNS = {
     "own": FramePattern.own(),
@@ -91,10 +93,26 @@ def _pairs(case):
     return case["b"] * case["h"] * h * w * total
 
 
+def _case_of(q, k, v, row_ptr, segments, levels, h, w, scale, lse):
+    frames, grid = k.shape[1], (h, w) if h else (q.shape[2], 1)
+    if q.shape[1] != frames:
+        return None  # which of the cached frames ask is in no tensor's shape
+    case = sizes("bfnhd", q) | {"grid": grid, "lse": lse, "queries": None}
+    for name, pattern in PATTERNS.items():
+        try:
+            table = pattern.table(frames, device=segments.device)
+        except ValueError:  # rows for another number of frames
+            continue
+        if torch.equal(table.row_ptr, row_ptr) and torch.equal(table.segments, segments):
+            return case | {"pattern": name}
+    return None
+
+
 SPEC = OpSpec(
     name="frame_attention",
     cases=CASES,
     inputs=inputs,
+    case_of=_case_of,
     flops=lambda case: 4 * case["d"] * _pairs(case),
     bytes=lambda case: (
         2 * 4 * case["b"] * case["f"] * case["grid"][0] * case["grid"][1] * case["h"] * case["d"]

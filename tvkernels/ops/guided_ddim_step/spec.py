@@ -65,10 +65,19 @@ def _flops(case):
     return terms * math.prod(case["shape"])
 
 
+def _case_of(x, noise, step, mask, background):
+    return {
+        "shape": tuple(x.shape),
+        "guided": noise.shape[0] > x.shape[0],
+        "mask": None if mask is None else tuple(mask.shape),
+    }
+
+
 SPEC = OpSpec(
     name="guided_ddim_step",
     cases=CASES,
     inputs=inputs,
+    case_of=_case_of,
     flops=_flops,
     bytes=lambda case: 2 * (_numbers(case) + math.prod(case["shape"])),
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tvkernels.testing.spec import OpSpec
+from tvkernels.testing.spec import OpSpec, sizes
 
 
 def _case(b, f, n, c):
@@ -38,6 +38,7 @@ SPEC = OpSpec(
     name="instance_center",
     cases=CASES,
     inputs=inputs,
+    case_of=lambda z: sizes("bfnc", z),
     flops=lambda case: 2 * _elements(case),
     bytes=lambda case: 2 * 2 * _elements(case),
     gradients=(0,),

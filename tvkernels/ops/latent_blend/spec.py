@@ -30,6 +30,7 @@ SPEC = OpSpec(
     name="latent_blend",
     cases=CASES,
     inputs=inputs,
+    case_of=lambda x, background, mask: {"shape": x.shape, "mask": mask.shape},
     flops=lambda case: 3 * math.prod(case["shape"]),
     bytes=lambda case: 2 * (3 * math.prod(case["shape"]) + math.prod(case["mask"])),
 )

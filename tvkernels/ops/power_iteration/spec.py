@@ -46,6 +46,7 @@ SPEC = OpSpec(
     name="power_iteration",
     cases=CASES,
     inputs=inputs,
+    case_of=lambda w, u, steps: {"c_in": w.shape[1], "c_out": w.shape[0], "steps": steps},
     flops=lambda case: 4 * case["steps"] * _elements(case),
     # The weight once, however many steps: a cache holds it.
     bytes=lambda case: 2 * _elements(case) + 6 * case["c_out"] + 4 * case["c_in"],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tvkernels.testing.spec import OpSpec
+from tvkernels.testing.spec import OpSpec, sizes
 
 
 def _case(b, f, n, c, heads, *, bias=True, sigma="given", offset=0.0):
@@ -61,6 +61,7 @@ SPEC = OpSpec(
     name="shift_restricted_temporal_attention",
     cases=CASES,
     inputs=inputs,
+    case_of=lambda z, *args: sizes("bfnc", z) | {"heads": args[-1]},
     flops=lambda case: (
         4 * 2 * _tokens(case) * case["c"] ** 2 + 4 * case["c"] // case["heads"] * _pairs(case)
     ),

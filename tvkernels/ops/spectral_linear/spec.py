@@ -45,6 +45,7 @@ SPEC = OpSpec(
     name="spectral_linear",
     cases=CASES,
     inputs=inputs,
+    case_of=lambda x, w, *_: {"lead": x.shape[:-1], "c_in": w.shape[1], "c_out": w.shape[0]},
     flops=lambda case: 2 * _tokens(case) * case["c_in"] * case["c_out"],
     bytes=lambda case: (
         2 * (_tokens(case) * (case["c_in"] + case["c_out"]) + (case["c_in"] + 1) * case["c_out"])

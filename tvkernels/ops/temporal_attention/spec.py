@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tvkernels.testing.spec import OpSpec
+from tvkernels.testing.spec import OpSpec, sizes
 
 
 def _case(b, f, n, h, d, scale=None):
@@ -47,6 +47,7 @@ SPEC = OpSpec(
     name="temporal_attention",
     cases=CASES,
     inputs=inputs,
+    case_of=lambda q, *_: sizes("bfnhd", q),
     flops=lambda case: 4 * case["d"] * _pairs(case),
     bytes=lambda case: 2 * 4 * case["b"] * case["f"] * case["n"] * case["h"] * case["d"],
     exps=_pairs,

@@ -105,10 +105,23 @@ def _bytes(case):
     return 2 * (_read(case) + (1 + case["residual"]) * _made(case) + weights)
 
 
+def _case_of(x, weight, bias, norm, shift, residual, groups, eps, stride, frames):
+    return {
+        "shape": tuple(x.shape),
+        "out": weight.shape[0],
+        "kernel": weight.shape[2],
+        "stride": stride,
+        "frames": frames,
+        "norm": norm is not None,
+        "residual": residual is not None,
+    }
+
+
 SPEC = OpSpec(
     name="temporal_conv",
     cases=CASES,
     inputs=inputs,
+    case_of=_case_of,
     # of the norm and SiLU: nine an element, as clip_group_norm counts them
     flops=lambda case: 2 * _taps(case) + 9 * case["norm"] * _read(case),
     bytes=_bytes,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tvkernels.testing.spec import OpSpec
+from tvkernels.testing.spec import OpSpec, sizes
 
 
 def _case(f, n, h, d, tokens, length=77, b=1):
@@ -43,6 +43,9 @@ SPEC = OpSpec(
     name="token_map_attention",
     cases=CASES,
     inputs=inputs,
+    case_of=lambda q, k, v, tokens, scale: (
+        sizes("bfnhd", q) | {"tokens": tokens, "length": k.shape[1]}
+    ),
     flops=lambda case: 4 * _queries(case) * case["h"] * case["length"] * case["d"],
     bytes=lambda case: (
         2
