@@ -22,6 +22,7 @@ SAYS = {
     "pipelines": "Whole edits on SD-1.x shapes against the reference implementations",
     "ops": "The ops on a GPU, against every rival installed and the device's limit",
     "scaling": "Time and memory against the number of frames",
+    "memory": "What Stable Diffusion 1.5 holds, by accounting",
     "native": "The C++ kernels",
     "runtimes": "Runtimes",
     "edits": "Whole edits under a runtime",

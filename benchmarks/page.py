@@ -23,6 +23,7 @@ python -m tvkernels.benchmarks.native                  # native
 python -m tvkernels.benchmarks.runtimes                # runtimes
 python -m tvkernels.benchmarks.atlas                   # atlas
 tvk bench pipelines                                    # pipelines
+tvk bench memory                                       # memory
 make gpu                                               # ops, on a GPU, with torch and triton alone
 make bench-check                                       # what got slower or heavier; AGAINST=REV
 tvk report -o docs/report.html --readme                # this page, and the README's tables"""
@@ -199,4 +200,6 @@ def _quality(results: Results, figures: dict, media: markup.Media) -> str:
 def _scaling(results: Results, figures: dict) -> str:
     body = markup.cards(figures["scaling"], "scaling")
     body = body or markup.none(markup.SAYS["scaling"], SOURCES["pipelines"].command)
-    return body + markup.cards(figures["memory"], "native")
+    body += markup.cards(figures["memory"], "native")
+    body += "<h3>Stable Diffusion 1.5 at 512 x 512, by accounting</h3>"
+    return body + markup.table("memory", results)

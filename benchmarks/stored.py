@@ -33,6 +33,11 @@ SOURCES = {
         "tvk bench pipelines",
         (*CLIP, "phase", "provider", "runtime"),
     ),
+    "memory": Source(
+        "what Stable Diffusion 1.5 holds, by accounting",
+        "tvk bench memory",
+        ("method", "model", "frames", "size", "dtype"),
+    ),
     "ops": Source(
         "ops against rivals and the limit",
         "tvk bench ops",

@@ -283,6 +283,23 @@ def steps(results: Results) -> Table:
     return Table(["math / SDPA, times ours", *titles], found, rows)
 
 
+def memory(results: Results) -> Table:
+    """What SD-1.5 holds at 512 x 512, and the longest clips."""
+    rows, found = newest("memory", results["memory"]), []
+    uses = list(dict.fromkeys(use for row in rows for use in row["bytes"]))
+    for row in rows:
+        cells = []
+        for use in uses:
+            held = row["bytes"].get(use)
+            cells.append(Cell(f"{held / 2**30:.2f}" if held else "", row["id"]))
+        for use in uses:
+            clips = row["longest"].get(use, {})
+            cells.append(Cell(" / ".join(map(str, clips.values())), row["id"]))
+        found.append([f"{row['method']}, {row['frames']} frames, {row['dtype']}", *cells])
+    titles = [f"{use}, GiB" for use in uses]
+    return Table(["", *titles, *(f"frames in 8 / 16 / 24 GB, {use}" for use in uses)], found, rows)
+
+
 def atlas(results: Results) -> Table:
     """Training of atlases: seconds and what they give back."""
     found = []
@@ -346,6 +363,7 @@ TABLES: dict[str, Callable[[Results], Table]] = {
     "native": native,
     "steps": steps,
     "pipelines": pipelines,
+    "memory": memory,
     "runtimes": runtimes,
     "edits": edits,
     "atlas": atlas,

@@ -342,8 +342,11 @@ def _in_parts(forward: Callable[[Tensor], Tensor], x: Tensor, *args, **kwargs) -
     """A feed-forward of [n, tokens, C], some images at a time; whole where it is differentiated or
     compiled.
     """
+    # Asked first: a size that is looked at would be fixed in an exported program.
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return forward(x, *args, **kwargs)
     images = max(ROWS.get(x.device.type, ROWS_ON_DEVICE) // x.shape[1], 1)
-    if len(x) <= images or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if len(x) <= images:
         return forward(x, *args, **kwargs)
     out = torch.empty_like(x)
     for part, place in zip(x.split(images), out.split(images), strict=True):
