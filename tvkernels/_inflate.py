@@ -159,6 +159,7 @@ class InflatedHandle(Handle):
         for block in self.model.modules():
             if type(block).__name__ == "BasicTransformerBlock":
                 self._undo.append(partial(setattr, block, "_compiled_call_impl", None))
+                vars(block.ff).pop("forward", None)  # one object each would be one graph each
                 block.compile(**how)
 
     def keep(self, tensors: dict[str, Tensor]) -> None:
@@ -335,7 +336,7 @@ def _part_feed_forwards(handle: InflatedHandle) -> None:
     for block in handle.model.modules():
         if type(block).__name__ == "BasicTransformerBlock":
             block.ff.forward = partial(_in_parts, block.ff.forward)
-            handle._undo.append(partial(delattr, block.ff, "forward"))
+            handle._undo.append(partial(vars(block.ff).pop, "forward", None))
 
 
 def _in_parts(forward: Callable[[Tensor], Tensor], x: Tensor, *args, **kwargs) -> Tensor:
