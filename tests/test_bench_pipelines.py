@@ -277,17 +277,17 @@ def account(recipe, frames):
     "recipe", [FRAME_BY_FRAME, pytest.param(EI2, marks=pytest.mark.slow)], ids=("own", "ei2")
 )
 def test_the_longest_clip_is_the_accountings(recipe):
-    counts = (4, 6, 8)
+    counts = (6, 8, 10)  # more than one part of the feed-forwards
     points = [{"frames": n, **footprint.uses(account(recipe, n), True)} for n in counts]
     assert set(points[0]) == {"frames", *footprint.USES[: 3 if recipe.tuned else 1]}
     for use in set(points[0]) - {"frames"}:
         budgets = [int(points[0][use] * share) for share in (0.01, 1, 1.1, 1.2)]
         found = [footprint.clip(budget, points, use) for budget in budgets]
         assert found == sorted(found) and found[0] == 0
-        # What holds the most may change with the frames, and feed-forwards take whole parts.
+        # What holds the most may change with the frames: the line lies below, by a little.
         (x0, y0), (x1, y1), (x2, y2) = ((p["frames"], p[use]) for p in points)
         line = y2 - (y2 - y1) / (x2 - x1) * (x2 - x0)
-        assert y0 == pytest.approx(line, rel=0.04)
+        assert line - 1 <= y0 <= 1.02 * line
         assert footprint.clip(y2, points, use) == x2
         assert footprint.clip(y2 - 1, points, use) == x2 - 1
 
