@@ -50,7 +50,7 @@ bench: setup
 	$(BIN)/tvk bench ops
 
 # What got slower or heavier: than a revision, measured in turns with it (AGAINST=HEAD~1), or than
-# what `CHECK=--store` kept on this machine. About two minutes; an error where something did.
+# what `CHECK=--store` kept on this machine. Some minutes; an error where something did.
 bench-check: setup
 	$(BIN)/python -m tvkernels.benchmarks.check $(if $(AGAINST),--against $(AGAINST)) $(CHECK)
 

@@ -12,22 +12,22 @@ from tvkernels.benchmarks.metrics_command import metrics_command
 from tvkernels.config import ConfigError
 
 bench = typer.Typer(help="Measure the methods.", no_args_is_help=True)
+Methods = Annotated[list[str] | None, typer.Option(help="Repeat it for several. (default: all)")]
+Appended = Annotated[
+    Path | None,
+    typer.Option("--output", "-o", help="Appended to. (default: benchmarks/results/)"),
+]
 
 
 @bench.command()
 def quality(
     scenes: Annotated[int, typer.Option(min=1, help="Held-out scenes.")] = 4,
     first: Annotated[int, typer.Option(min=0, help="Number of the first one.")] = 0,
-    method: Annotated[
-        list[str] | None, typer.Option(help="Repeat it for several. (default: all)")
-    ] = None,
+    method: Methods = None,
     ablation: Annotated[
-        bool, typer.Option("--ablation", help="EI2's figures 4 and 5, as recipe variants.")
+        bool, typer.Option("--ablation", help="Also the ablations of the methods' papers.")
     ] = False,
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", help="Appended to. (default: benchmarks/results/)"),
-    ] = None,
+    output: Appended = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Skip what the output already holds.")
     ] = False,
@@ -72,10 +72,7 @@ def ops(
     backward: Annotated[
         bool, typer.Option("--backward", help="Forward and backward together.")
     ] = False,
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", help="Appended to. (default: benchmarks/results/)"),
-    ] = None,
+    output: Appended = None,
 ) -> None:
     """Check and time the ops against everything else that can run them, and against the limit.
 
@@ -116,9 +113,7 @@ def report(
 
 @bench.command()
 def pipelines(
-    method: Annotated[
-        list[str] | None, typer.Option(help="Repeat it for several. (default: all)")
-    ] = None,
+    method: Methods = None,
     frames: Annotated[
         list[int] | None, typer.Option(min=1, help="Of the clip, repeated. (default: 8)")
     ] = None,
@@ -161,10 +156,7 @@ def pipelines(
         bool,
         typer.Option("--resident", help="Resident peaks too: a fresh process for each row."),
     ] = False,
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", help="Appended to. (default: benchmarks/results/)"),
-    ] = None,
+    output: Appended = None,
 ) -> None:
     """Time the phases of whole edits beside their plain references, with memory and operations.
 
@@ -196,9 +188,7 @@ def _height_width(text: str) -> tuple[int, int]:
 
 @bench.command()
 def memory(
-    method: Annotated[
-        list[str] | None, typer.Option(help="Repeat it for several. (default: all)")
-    ] = None,
+    method: Methods = None,
     frames: Annotated[
         list[int] | None, typer.Option(min=1, help="Of the clip, repeated. (default: 8, 24)")
     ] = None,
@@ -207,10 +197,7 @@ def memory(
         typer.Option(help="float32, bfloat16, float16, repeated. (default: the first two)"),
     ] = None,
     checkpointing: Annotated[bool, typer.Option(help="Tuning under it too.")] = True,
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", help="Appended to. (default: benchmarks/results/)"),
-    ] = None,
+    output: Appended = None,
 ) -> None:
     """Account for what Stable Diffusion 1.5 holds at 512 x 512, and for the longest clips."""
     from tvkernels.benchmarks import footprint

@@ -7,7 +7,7 @@ line through the two largest numbers of frames, for every tensor is one of each 
 
 from __future__ import annotations
 
-import json
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from rich.table import Table
 
 from tvkernels.benchmarks import machine
 from tvkernels.benchmarks.models import DTYPES, SD15_TEXT, SD15_UNET, SD15_VAE
+from tvkernels.benchmarks.stored import kept
 from tvkernels.config import ConfigError
 from tvkernels.recipes import RECIPES
 from tvkernels.runtime.memory import Account
@@ -50,7 +51,8 @@ def run(
     Returns:
         The rows.
     Raises:
-        ConfigError: an unknown name or number, or the file cannot be written.
+        ConfigError: an unknown name or number.
+        VideoError: the file cannot be written.
     """
     methods, frames = list(RECIPES if methods is None else methods), sorted(set(frames))
     for kind, names, known in (("method", methods, RECIPES), ("dtype", dtypes, DTYPES)):
@@ -60,18 +62,13 @@ def run(
     if not frames or frames[0] < 1:
         raise ConfigError("frames are numbers above zero")
     output, rows = RESULTS if output is None else output, []
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with output.open("a") as file:
-            for method in methods:
-                for dtype in dtypes:
-                    for row in _account(method, frames, dtype, checkpointing):
-                        file.write(json.dumps(row, ensure_ascii=False) + "\n")
-                        file.flush()
-                        rows.append(row)
-                        say(line(row))
-    except OSError as error:
-        raise ConfigError(f"cannot write {output}: {error.strerror}") from error
+    found = itertools.chain.from_iterable(
+        _account(method, frames, dtype, checkpointing)
+        for method, dtype in itertools.product(methods, dtypes)
+    )
+    for row in kept(found, output):
+        rows.append(row)
+        say(line(row))
     return rows
 
 

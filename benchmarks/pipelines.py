@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from tvkernels.benchmarks import machine, meter, models, steps
 from tvkernels.benchmarks.run import ABSENT, SKIPPED, TIMED, WRONG
+from tvkernels.benchmarks.stored import kept
 from tvkernels.benchmarks.timing import peak_bytes, quantiles
 from tvkernels.benchmarks.turns import Turns, ratio, take_turns
 from tvkernels.config import EMBEDDED, ConfigError
@@ -97,7 +97,8 @@ def run(
     Returns:
         The rows, each with all of `FIELDS`.
     Raises:
-        ConfigError: an unknown name or number, or the file cannot be written.
+        ConfigError: an unknown name or number.
+        VideoError: the file cannot be written.
     """
     settings = settings or Settings()
     methods = list(METHODS if methods is None else methods)
@@ -113,20 +114,14 @@ def run(
         raise ConfigError("frames and sizes are numbers above zero")
     models.check(settings.model)
     output = RESULTS if output is None else output
+    found = itertools.chain.from_iterable(
+        measure(method, frames, sizes, phases, providers, runtimes, settings)
+        for method in dict.fromkeys(methods)
+    )
     rows = []
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with output.open("a") as file:
-            for method in dict.fromkeys(methods):
-                for row in measure(
-                    method, frames, sizes, phases, providers, runtimes, settings
-                ):  # fmt: skip
-                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
-                    file.flush()
-                    rows.append(row)
-                    say(line(row))
-    except OSError as error:
-        raise ConfigError(f"cannot write {output}: {error.strerror}") from error
+    for row in kept(found, output):
+        rows.append(row)
+        say(line(row))
     return rows
 
 

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tvkernels.benchmarks.machine import commit, today
+from tvkernels.benchmarks.stored import append
 from tvkernels.config import ConfigError
 from tvkernels.demo import MODEL_DIR
 from tvkernels.demo.measure import edit_scene
@@ -30,7 +31,7 @@ from tvkernels.patterns import FramePattern
 from tvkernels.pipelines import METHODS
 from tvkernels.pipelines.cache import Cache
 from tvkernels.recipes import ABLATIONS, RECIPES, Recipe
-from tvkernels.video import VideoError, check_output
+from tvkernels.video import check_output
 
 RESULTS = Path(__file__).resolve().parent / "results" / "quality.jsonl"
 RESAMPLES = 10_000
@@ -173,7 +174,7 @@ def run(
                 if pipe is None:
                     pipe = load_pipeline(entrant.method, str(MODEL_DIR), settings=own)
                 row |= _measure(pipe, own, scene, seed, entrant, Cache(folder))
-                _append(output, row)
+                append(output, row)
                 rows.append(row)
                 say(f"{entrant.name}, scene {scene}: {_summary(row['measures'])}")
     if console is not None:
@@ -286,15 +287,6 @@ def _of_its_own(settings) -> dict:
 
 def _key(row: dict) -> str:
     return json.dumps([row["scene"], row["method"], row["settings"]], sort_keys=True)
-
-
-def _append(path: Path, row: dict) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a") as file:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    except OSError as error:
-        raise VideoError(f"cannot write {path}: {error.strerror}") from error
 
 
 def _model_digest() -> str:

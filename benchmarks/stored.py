@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from tvkernels.video import VideoError, check_output
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -75,6 +77,28 @@ def load(folder: Path = RESULTS) -> dict[str, list[dict]]:
         ValueError: a line is not a row.
     """
     return {name: _read(folder, name) for name in SOURCES}
+
+
+def kept(rows: Iterable[dict], path: Path) -> Iterator[dict]:
+    """The rows, each appended to a file as soon as it is there.
+
+    Raises:
+        VideoError: the file cannot be written; asked before the first row is made.
+    """
+    check_output(path, (".jsonl",))
+    for row in rows:
+        append(path, row)
+        yield row
+
+
+def append(path: Path, row: dict) -> None:
+    """One row more; raises as `kept`."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as file:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise VideoError(f"cannot write {path}: {error.strerror}") from error
 
 
 def newest(name: str, rows: Iterable[dict]) -> list[dict]:

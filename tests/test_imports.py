@@ -263,7 +263,10 @@ def test_import_loads_nothing_of_weight():
         import sys
         import torch
         before = set(sys.modules)
-        import tvkernels, tvkernels.video
+        import tvkernels
+        later = {"_inflate", "nn", "processors", "published", "recipes"}
+        assert not {f"tvkernels.{name}" for name in later} & sys.modules.keys()
+        import tvkernels.video
         print(*{name.partition(".")[0] for name in set(sys.modules) - before})
     """).split()
     others = set(loaded) - set(sys.stdlib_module_names) - {"torch", "tvkernels"}

@@ -19,6 +19,8 @@ from test_inflate import SD15
 import tvkernels.edit
 from tvkernels import FramePattern, frame_attention
 from tvkernels._dispatch import OPS
+from tvkernels.benchmarks.models import SD15_TEXT as TEXT
+from tvkernels.benchmarks.models import SD15_VAE as VAE
 from tvkernels.config import ConfigError, EditSettings, parse_bytes
 from tvkernels.demo import MODEL_DIR
 from tvkernels.demo.world import edit_pair
@@ -28,21 +30,6 @@ from tvkernels.runtime.memory import Account, BudgetError, Ledger, plan
 from tvkernels.testing.calls import tensors
 from tvkernels.video import VideoError, _encode, read_video, write_video
 
-VAE = {
-    "block_out_channels": (128, 256, 512, 512),
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "latent_channels": 4,
-    "layers_per_block": 2,
-    "sample_size": 512,
-}
-TEXT = {
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_attention_heads": 12,
-    "num_hidden_layers": 12,
-    "vocab_size": 49408,
-}
 GB = 10**9
 
 

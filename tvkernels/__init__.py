@@ -20,11 +20,11 @@ from tvkernels.ops.spectral_linear.api import spectral_linear, spectral_sigma
 from tvkernels.ops.temporal_attention.api import temporal_attention
 from tvkernels.ops.temporal_conv.api import temporal_conv
 from tvkernels.ops.token_map_attention.api import token_map_attention
+from tvkernels.patterns import FramePattern, FrameTable
 
 if TYPE_CHECKING:
     from tvkernels import recipes
     from tvkernels._inflate import inflate
-    from tvkernels.patterns import FramePattern, FrameTable
     from tvkernels.processors import Handle, install
     from tvkernels.published import load_published
 
@@ -58,8 +58,6 @@ __all__ = [
 
 # The ops are registered at import; what is built on them is imported when it is first named.
 _LATER = {
-    "FramePattern": "tvkernels.patterns",
-    "FrameTable": "tvkernels.patterns",
     "Handle": "tvkernels.processors",
     "inflate": "tvkernels._inflate",
     "install": "tvkernels.processors",
