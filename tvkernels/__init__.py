@@ -4,9 +4,6 @@ import importlib
 from typing import TYPE_CHECKING
 
 from tvkernels._dispatch import BackendError
-from tvkernels.ops.atlas_composite.api import atlas_composite
-from tvkernels.ops.atlas_sample.api import atlas_sample
-from tvkernels.ops.atlas_splat.api import atlas_splat
 from tvkernels.ops.clip_group_norm.api import clip_group_norm
 from tvkernels.ops.frame_attention.api import frame_attention
 from tvkernels.ops.guided_ddim_step.api import ddim_inversion_step, guided_ddim_step
@@ -25,6 +22,9 @@ from tvkernels.patterns import FramePattern, FrameTable
 if TYPE_CHECKING:
     from tvkernels import recipes
     from tvkernels._inflate import inflate
+    from tvkernels.ops.atlas_composite.api import atlas_composite
+    from tvkernels.ops.atlas_sample.api import atlas_sample
+    from tvkernels.ops.atlas_splat.api import atlas_splat
     from tvkernels.processors import Handle, install
     from tvkernels.published import load_published
 
@@ -56,8 +56,12 @@ __all__ = [
     "token_map_attention",
 ]
 
-# The ops are registered at import; what is built on them is imported when it is first named.
+# A UNet's ops are registered at import, for programs that hold them; the atlas's, and what is
+# built on ops, are imported when they are first named.
 _LATER = {
+    "atlas_composite": "tvkernels.ops.atlas_composite.api",
+    "atlas_sample": "tvkernels.ops.atlas_sample.api",
+    "atlas_splat": "tvkernels.ops.atlas_splat.api",
     "Handle": "tvkernels.processors",
     "inflate": "tvkernels._inflate",
     "install": "tvkernels.processors",

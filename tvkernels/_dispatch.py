@@ -30,7 +30,17 @@ ON_DEVICE = ("cuda", "triton")
 OPAQUE = (*ON_DEVICE, "native")
 _AUTO = contextvars.ContextVar("backends that auto tries", default=BACKENDS)
 LIBRARY = torch.library.Library("tvkernels", "DEF")
-OPS: dict[str, Op] = {}
+
+
+class _Ops(dict[str, "Op"]):
+    """name -> `Op`. One whose contract has not been imported yet is, when it is asked for."""
+
+    def __missing__(self, name: str) -> Op:
+        importlib.import_module(f"tvkernels.ops.{name}.api")
+        return dict(self)[name]
+
+
+OPS = _Ops()
 
 
 @contextlib.contextmanager
