@@ -16,7 +16,7 @@ from tvkernels import _native
 from tvkernels._dispatch import OPS
 from tvkernels.ops import specs
 from tvkernels.testing.budget import assert_error_budget
-from tvkernels.testing.calls import build, tensors
+from tvkernels.testing.calls import build, gradients, tensors
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -114,6 +114,7 @@ def check(op, seed):
         spec = dataclasses.replace(spec, cases={case: drawn})
     dtype = rng.choice(DTYPES)
     again = rng.getrandbits(32)
+    trained = hasattr(OPS[op].backend("native"), "backward") and rng.random() < 0.5
 
     def run(backend, **make):
         positional, keyword = build(spec, case, dtype, seed=seed, **make)
@@ -124,13 +125,23 @@ def check(op, seed):
         odd = given if every else {strides.choice([*given])}
         given = {name: laid_out(x, strides) if name in odd else x for name, x in given.items()}
         positional = [given.pop(i) for i in range(len(positional))]
-        return tensors(spec.call(*positional, **given, backend=backend))
 
-    found, low, exact = run("native"), run("reference"), run("reference", wide=torch.float64)
-    assert len(found) == len(exact) > 0
-    for i, result in enumerate(zip(found, low, exact, strict=True)):
-        what = f"{op}, seed {seed}, {dtype}, {spec.cases[case]}, output {i}"
-        assert_error_budget(*result, factor=spec.budget, what=what)
+        def turned(*args, **options):
+            """So that the results' gradients are not contiguous either."""
+            return [x.movedim(0, -1) for x in tensors(spec.call(*args, **options))]
+
+        if not trained:
+            return turned(*positional, **given, backend=backend), {}
+        return gradients(spec, (positional, given), turned, backend=backend)
+
+    what = f"{op}, seed {seed}, {dtype}, {spec.cases[case]}"
+    drawn = run("native"), run("reference"), run("reference", wide=torch.float64)
+    results, grads = zip(*drawn, strict=True)
+    assert len(results[0]) == len(results[2]) > 0
+    for i, result in enumerate(zip(*results, strict=True)):
+        assert_error_budget(*result, factor=spec.budget, what=f"{what}, output {i}")
+    for name, *found in ((name, *(g[name] for g in grads)) for name in grads[0]):
+        assert_error_budget(*found, factor=spec.gradient_budget, what=f"{what}, gradient {name}")
 
 
 def check_rounding():

@@ -13,7 +13,7 @@ from tvkernels import BackendError, FramePattern, _native, frame_attention, toke
 from tvkernels._dispatch import OPS as DISPATCHED
 from tvkernels.ops import specs
 from tvkernels.testing.budget import assert_error_budget
-from tvkernels.testing.calls import build, registered_arguments, tensors
+from tvkernels.testing.calls import build, gradients, registered_arguments, tensors
 
 OPS = ("frame_attention", "token_map_attention", "shift_restricted_temporal_attention")
 MISSING = [reason for op in OPS for reason in _native.why_not("cpu", op)]
@@ -76,6 +76,44 @@ def test_turns_within_error_budget(case, dtype, layout, threads):
         torch.set_num_threads(before)
     for i, result in enumerate(zip(found, low, exact, strict=True)):
         assert_error_budget(*result, factor=spec.budget, what=f"output {i}")
+
+
+@pytest.mark.parametrize("layout", ("dense", "permuted"))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", [name for name, (op, _) in CASES.items() if op == OPS[0]])
+def test_gradients_in_turns_within_error_budget(case, dtype, layout):
+    """Whatever the number of threads, to the last bit."""
+    op, drawn = CASES[case]
+    spec = dataclasses.replace(specs()[op], cases={case: drawn})
+
+    def run(backend, **wide):
+        return gradients(spec, build(spec, case, dtype, layout=layout, **wide), backend=backend)[1]
+
+    low, exact = run("reference"), run("reference", wide=torch.float64)
+    before, found = torch.get_num_threads(), []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        try:
+            found.append(run("native"))
+        finally:
+            torch.set_num_threads(before)
+    for name, grad in found[0].items():
+        what = f"gradient of argument {name}"
+        assert torch.equal(grad, found[1][name]), what
+        assert_error_budget(grad, low[name], exact[name], factor=spec.gradient_budget, what=what)
+
+
+def test_gradients_of_a_long_clip_take_fewer_queries_at_a_time():
+    """Weights and slopes of 15,000 keys: more than stay near for 64 queries."""
+    pattern, (q, k, v) = FramePattern.all(), torch.randn(3, 1, 50, 300, 1, 4)
+    table = pattern.table(50, queries=(7,))
+    found, expected = [], []
+    for to, backend, dtype in ((found, "native", q.dtype), (expected, "cpu", torch.float64)):
+        given = [x.to(dtype).requires_grad_() for x in (q[:, 7:8], k, v)]
+        result = frame_attention(*given, table, backend=backend)
+        to += torch.autograd.grad(result.square().sum(), given)
+    for grad, exact in zip(found, expected, strict=True):
+        torch.testing.assert_close(grad.double(), exact, rtol=1e-4, atol=1e-6)
 
 
 def test_many_small_weights_beside_a_large_one():

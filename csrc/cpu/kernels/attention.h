@@ -158,6 +158,13 @@ struct Tile {
     float scale, bias[TILE];  // of the scores
     int size = 0;
 
+    // `count` dense rows, as keys and as values.
+    void point(const float* rows, int64_t dim, int count) {
+        for (size = 0; size < count; ++size) {
+            keys[size] = values[size] = rows + size * dim;
+        }
+    }
+
     // Repeats the last row where a product would read on.
     void seal() {
         for (int n = size; n % 8 != 0; ++n) {
@@ -172,8 +179,8 @@ struct Tile {
 struct Groups {
     int64_t vectors, count;
 
-    explicit Groups(int64_t queries)
-        : vectors((queries + W - 1) / W), count((vectors + VECTORS - 1) / VECTORS) {}
+    explicit Groups(int64_t queries, int64_t most = VECTORS)
+        : vectors((queries + W - 1) / W), count((vectors + most - 1) / most) {}
 
     // The first vector of a group, and how many it has.
     int64_t first(int64_t group) const { return group * vectors / count; }

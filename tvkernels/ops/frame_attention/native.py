@@ -29,3 +29,22 @@ def forward(q, k, v, row_ptr, segments, levels, h, w, scale, return_lse):
     """Shapes as in `tvkernels.frame_attention`."""
     ops, row_ptr, segments = _native.load("cpu"), row_ptr.contiguous(), segments.contiguous()
     return ops.frame_attention(q, k, v, row_ptr, segments, levels, h, w, scale, return_lse)
+
+
+def why_not_backward(q, *args) -> list[str]:
+    """A library of an earlier version has no backward."""
+    return _native.why_not("cpu", "frame_attention_backward")
+
+
+def backward(grads, q, k, v, row_ptr, segments, levels, h, w, scale, return_lse):
+    """Whole rows of weights and slopes for some queries at a time: five products."""
+    grad, grad_lse = grads
+    grad = q.new_zeros(()).expand(q.shape) if grad is None else grad
+    # A compiler also sends the empty gradient of a log-sum-exp that was not asked for.
+    grad_lse = None if grad_lse is None or not grad_lse.numel() else grad_lse
+    ops, row_ptr, segments = _native.load("cpu"), row_ptr.contiguous(), segments.contiguous()
+    return list(
+        ops.frame_attention_backward(
+            grad, grad_lse, q, k, v, row_ptr, segments, levels, h, w, scale
+        )
+    )
