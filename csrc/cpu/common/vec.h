@@ -135,6 +135,13 @@ inline void store(f32v x, f16* p) {
 #endif
 }
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// All bits of the first n lanes.
+inline __m256i first_lanes(int n) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+#endif
+
 // The first n < W numbers; the others are zero.
 template <typename T>
 inline f32v load(const T* p, int n) {
@@ -149,6 +156,11 @@ inline f32v load(const T* p, int n) {
         return load(whole);
     }
 #else
+#if defined(__AVX2__)
+    if constexpr (sizeof(T) == 4) {
+        return as<f32v>(_mm256_maskload_ps(p, first_lanes(n)));
+    }
+#endif
     T whole[W] = {};
     for (int i = 0; i < n; ++i) {
         whole[i] = p[i];
@@ -169,6 +181,12 @@ inline void store(f32v x, T* p, int n) {
         _mm256_mask_storeu_epi16(p, mask, read<__m256i>(whole));
     }
 #else
+#if defined(__AVX2__)
+    if constexpr (sizeof(T) == 4) {
+        _mm256_maskstore_ps(p, first_lanes(n), as<__m256>(x));
+        return;
+    }
+#endif
     T whole[W];
     store(x, whole);
     for (int i = 0; i < n; ++i) {

@@ -90,48 +90,88 @@ inline void transpose4(const float* from, int64_t row, float* to) {
 #endif
 }
 
-// scores[j] = q_t k_j for the W queries that q_t holds as columns and KEYS keys.
+// scores[j] = q_t k_j for the W queries that q_t holds as columns and KEYS keys; those of one key
+// lie `apart` from those of the next.
 template <int KEYS>
 inline void products(const float* q_t, const float* k, int64_t row, int64_t dim, float scale,
-                     float* scores) {
-    f32v sums[KEYS];
+                     float* scores, int64_t apart) {
+    f32v sums[KEYS], part[KEYS];
     for (f32v& sum : sums) {
         sum = f32v{};  // "= {}" on the array becomes a slow rep stos in g++ 12
     }
-    for (int64_t d = 0; d < dim; ++d) {
-        const f32v q = load(q_t + d * W);
+    // In parts: one by one, the sums of 70 and more products were beyond the budget without an
+    // fma.
+    for (int64_t d = 0; d < dim;) {
+        const int64_t end = dim - d < 32 ? dim : d + 32;
+        for (f32v& sum : part) {
+            sum = f32v{};
+        }
+        for (; d < end; ++d) {
+            const f32v q = load(q_t + d * W);
+            for (int j = 0; j < KEYS; ++j) {
+                part[j] += q * k[j * row + d];
+            }
+        }
         for (int j = 0; j < KEYS; ++j) {
-            sums[j] += q * k[j * row + d];
+            sums[j] += part[j];
         }
     }
     for (int j = 0; j < KEYS; ++j) {
-        store(sums[j] * scale, scores + j * W);
+        store(sums[j] * scale, scores + j * apart);
+    }
+}
+
+// The same for all frames as keys, and frames [first, first + W) of `q`, which q_t is filled with.
+void products_of(const TemporalAttention& a, Rows q, int64_t first, Rows k, float scale,
+                 float* q_t, float* scores, int64_t apart) {
+    const int64_t rest = a.frames - first, queries = rest < W ? rest : W;
+    int64_t at = 0;
+    for (; at + 4 <= queries; at += 4) {
+        for (int64_t d = 0; d < a.dim; d += 4) {
+            transpose4(q.data + (first + at) * q.row + d, q.row, q_t + d * W + at);
+        }
+    }
+    for (; at < queries; ++at) {
+        for (int64_t d = 0; d < a.dim; ++d) {
+            q_t[d * W + at] = q.data[(first + at) * q.row + d];
+        }
+    }
+    int64_t j = 0;
+    for (; j + 8 <= a.frames; j += 8) {
+        products<8>(q_t, k.data + j * k.row, k.row, a.dim, scale, scores + j * apart, apart);
+    }
+    for (; j + 4 <= a.frames; j += 4) {
+        products<4>(q_t, k.data + j * k.row, k.row, a.dim, scale, scores + j * apart, apart);
+    }
+    for (; j < a.frames; ++j) {
+        products<1>(q_t, k.data + j * k.row, k.row, a.dim, scale, scores + j * apart, apart);
     }
 }
 
 // Softmax over the keys of every column, in place.
-inline void softmax(float* scores, int64_t keys) {
+inline void softmax(float* scores, int64_t keys, int64_t apart) {
     f32v most = load(scores);
     for (int64_t j = 1; j < keys; ++j) {
-        most = max(most, load(scores + j * W));
+        most = max(most, load(scores + j * apart));
     }
     f32v total = {};
     for (int64_t j = 0; j < keys; ++j) {
-        const f32v e = exp(load(scores + j * W) - most);
-        store(e, scores + j * W);
+        const f32v e = exp(load(scores + j * apart) - most);
+        store(e, scores + j * apart);
         total += e;
     }
     const f32v share = splat(1.0f) / total;
     for (int64_t j = 0; j < keys; ++j) {
-        store(load(scores + j * W) * share, scores + j * W);
+        store(load(scores + j * apart) * share, scores + j * apart);
     }
 }
 
 // QUERIES rows of the result, from `shares` of the keys: VECTORS vectors from column d on, or with
-// TAIL the last `left` columns.
-template <int QUERIES, int VECTORS, bool TAIL, typename T>
-inline void weighted(const float* shares, const float* v, int64_t row, int64_t keys, int left,
-                     T* out, int64_t out_row) {
+// TAIL the last `left` columns. Shares of one key lie `apart` from those of the next, or, TURNED,
+// those of one query.
+template <int QUERIES, int VECTORS, bool TAIL, bool TURNED, typename T>
+inline void weighted(const float* shares, int64_t apart, const float* v, int64_t row, int64_t keys,
+                     int left, T* out, int64_t out_row) {
     f32v sums[QUERIES * VECTORS];
     for (f32v& sum : sums) {
         sum = f32v{};
@@ -140,7 +180,7 @@ inline void weighted(const float* shares, const float* v, int64_t row, int64_t k
         for (int c = 0; c < VECTORS; ++c) {
             const f32v x = TAIL ? load(v + j * row, left) : load(v + j * row + c * W);
             for (int i = 0; i < QUERIES; ++i) {
-                sums[i * VECTORS + c] += x * shares[j * W + i];
+                sums[i * VECTORS + c] += x * shares[TURNED ? i * apart + j : j * apart + i];
             }
         }
     }
@@ -155,20 +195,39 @@ inline void weighted(const float* shares, const float* v, int64_t row, int64_t k
     }
 }
 
-template <int QUERIES, typename T>
-void weighted_rows(const float* shares, Rows v, int64_t keys, int64_t dim, T* out,
+template <int QUERIES, bool TURNED, typename T>
+void weighted_rows(const float* shares, int64_t apart, Rows v, int64_t keys, int64_t dim, T* out,
                    int64_t out_row) {
     int64_t d = 0;
     for (; d + 2 * W <= dim; d += 2 * W) {
-        weighted<QUERIES, 2, false>(shares, v.data + d, v.row, keys, 0, out + d, out_row);
+        weighted<QUERIES, 2, false, TURNED>(shares, apart, v.data + d, v.row, keys, 0, out + d,
+                                            out_row);
     }
     if (d + W <= dim) {
-        weighted<QUERIES, 1, false>(shares, v.data + d, v.row, keys, 0, out + d, out_row);
+        weighted<QUERIES, 1, false, TURNED>(shares, apart, v.data + d, v.row, keys, 0, out + d,
+                                            out_row);
         d += W;
     }
     if (d < dim) {
         const int left = static_cast<int>(dim - d);
-        weighted<QUERIES, 1, true>(shares, v.data + d, v.row, keys, left, out + d, out_row);
+        weighted<QUERIES, 1, true, TURNED>(shares, apart, v.data + d, v.row, keys, left, out + d,
+                                           out_row);
+    }
+}
+
+// `queries` rows of the result.
+template <bool TURNED, typename T>
+void all_weighted(const float* shares, int64_t apart, int64_t queries, Rows v, int64_t keys,
+                  int64_t dim, T* out, int64_t out_row) {
+    const int64_t next = TURNED ? apart : 1;
+    int64_t i = 0;
+    for (; i + 4 <= queries; i += 4) {
+        weighted_rows<4, TURNED>(shares + i * next, apart, v, keys, dim, out + i * out_row,
+                                 out_row);
+    }
+    for (; i < queries; ++i) {
+        weighted_rows<1, TURNED>(shares + i * next, apart, v, keys, dim, out + i * out_row,
+                                 out_row);
     }
 }
 
@@ -176,39 +235,39 @@ void weighted_rows(const float* shares, Rows v, int64_t keys, int64_t dim, T* ou
 template <typename T>
 void head(const TemporalAttention& a, Rows q, Rows k, Rows v, float* q_t, float* scores, T* out,
           int64_t out_row) {
-    const int64_t frames = a.frames;
+    for (int64_t first = 0; first < a.frames; first += W) {
+        const int64_t rest = a.frames - first;
+        products_of(a, q, first, k, a.scale, q_t, scores, W);
+        softmax(scores, a.frames, W);
+        all_weighted<false>(scores, W, rest < W ? rest : W, v, a.frames, a.dim,
+                            out + first * out_row, out_row);
+    }
+}
+
+// The gradients of one head at one position: dq, dk and dv take the frame rows `out_row` apart.
+// Scratch: q_t [dim, W]; shares and slopes [frames, apart], a row a key.
+template <typename T>
+void head_backward(const TemporalAttentionBackward& a, Rows grad, Rows q, Rows k, Rows v,
+                   float* q_t, float* shares, float* slopes, int64_t out, int64_t out_row) {
+    const int64_t frames = a.frames, apart = padded(frames, W);
     for (int64_t first = 0; first < frames; first += W) {
-        const int64_t rest = frames - first, queries = rest < W ? rest : W;
-        int64_t at = 0;
-        for (; at + 4 <= queries; at += 4) {
-            for (int64_t d = 0; d < a.dim; d += 4) {
-                transpose4(q.data + (first + at) * q.row + d, q.row, q_t + d * W + at);
-            }
+        products_of(a, q, first, k, a.scale, q_t, shares + first, apart);
+        softmax(shares + first, frames, apart);
+        products_of(a, grad, first, v, 1.0f, q_t, slopes + first, apart);
+        f32v mean = {};
+        for (int64_t j = 0; j < frames; ++j) {
+            mean += load(shares + first + j * apart) * load(slopes + first + j * apart);
         }
-        for (; at < queries; ++at) {
-            for (int64_t d = 0; d < a.dim; ++d) {
-                q_t[d * W + at] = q.data[(first + at) * q.row + d];
-            }
-        }
-        int64_t j = 0;
-        for (; j + 8 <= frames; j += 8) {
-            products<8>(q_t, k.data + j * k.row, k.row, a.dim, a.scale, scores + j * W);
-        }
-        for (; j + 4 <= frames; j += 4) {
-            products<4>(q_t, k.data + j * k.row, k.row, a.dim, a.scale, scores + j * W);
-        }
-        for (; j < frames; ++j) {
-            products<1>(q_t, k.data + j * k.row, k.row, a.dim, a.scale, scores + j * W);
-        }
-        softmax(scores, frames);
-        int64_t i = 0;
-        for (; i + 4 <= queries; i += 4) {
-            weighted_rows<4>(scores + i, v, frames, a.dim, out + (first + i) * out_row, out_row);
-        }
-        for (; i < queries; ++i) {
-            weighted_rows<1>(scores + i, v, frames, a.dim, out + (first + i) * out_row, out_row);
+        for (int64_t j = 0; j < frames; ++j) {
+            float* slope = slopes + first + j * apart;
+            store(load(shares + first + j * apart) * (load(slope) - mean) * a.scale, slope);
         }
     }
+    T *dq = static_cast<T*>(a.out) + out, *dk = static_cast<T*>(a.dk) + out;
+    T* dv = static_cast<T*>(a.dv) + out;
+    all_weighted<false>(slopes, apart, frames, k, frames, a.dim, dq, out_row);
+    all_weighted<true>(slopes, apart, frames, q, frames, a.dim, dk, out_row);
+    all_weighted<true>(shares, apart, frames, grad, frames, a.dim, dv, out_row);
 }
 
 template <typename T>
@@ -245,7 +304,49 @@ void tasks(const TemporalAttention& a, int64_t begin, int64_t end, float* scratc
     }
 }
 
+template <typename T>
+void tasks_backward(const TemporalAttentionBackward& a, int64_t begin, int64_t end,
+                    float* scratch) {
+    const int64_t tensor = padded(a.frames, 4) * temporal::row_floats(a);
+    float *grad_to = scratch, *q_to = grad_to + tensor, *k_to = q_to + tensor;
+    float *v_to = k_to + tensor, *q_t = v_to + tensor;
+    float* shares = q_t + padded(a.dim, 4) * temporal::MAX_WIDTH;
+    float* slopes = shares + a.frames * padded(a.frames, temporal::MAX_WIDTH);
+    // As above.
+    std::memset(scratch, 0, a.scratch_floats() * sizeof(float));
+    const int64_t out_row = a.tokens * a.heads * a.dim;
+    for (int64_t task = begin; task < end; ++task) {
+        const int64_t h = task % a.groups() * a.group, position = task / a.groups();
+        const int64_t n = position % a.tokens, b = position / a.tokens;
+        const int64_t left = a.heads - h, heads = left < a.group ? left : a.group;
+        const T *grad_at = start<T>(a.grad, b, n, h), *q_at = start<T>(a.q, b, n, h);
+        const T *k_at = start<T>(a.k, b, n, h), *v_at = start<T>(a.v, b, n, h);
+        const Rows grad = stage(a, a.grad, grad_at, heads, grad_to);
+        prefetch(a, a.grad, grad_at);
+        const Rows q = stage(a, a.q, q_at, heads, q_to);
+        prefetch(a, a.q, q_at);
+        const Rows k = stage(a, a.k, k_at, heads, k_to);
+        prefetch(a, a.k, k_at);
+        const Rows v = stage(a, a.v, v_at, heads, v_to);
+        prefetch(a, a.v, v_at);
+        const int64_t out = b * a.frames * out_row + (n * a.heads + h) * a.dim;
+        for (int64_t g = 0; g < heads; ++g) {
+            const int64_t at = g * a.dim;
+            head_backward<T>(a, {grad.data + at, grad.row}, {q.data + at, q.row},
+                             {k.data + at, k.row}, {v.data + at, v.row}, q_t, shares, slopes,
+                             out + at, out_row);
+        }
+    }
+}
+
 }  // namespace
+
+void temporal_attention_backward(const TemporalAttentionBackward& a, int64_t begin, int64_t end,
+                                 float* scratch) {
+    switch_dtype(a.dtype, [&](auto* p) {
+        tasks_backward<std::remove_pointer_t<decltype(p)>>(a, begin, end, scratch);
+    });
+}
 
 void temporal_attention(const TemporalAttention& a, int64_t begin, int64_t end, float* scratch) {
     switch_dtype(a.dtype, [&](auto* p) {

@@ -31,6 +31,18 @@ struct TemporalAttention {
 TVK_KERNEL(temporal_attention,
            (const TemporalAttention& a, int64_t begin, int64_t end, float* scratch));
 
+// The gradients of `out`, given as `grad`, to q (in `out`), k and v.
+struct TemporalAttentionBackward : TemporalAttention {
+    View grad;
+    void *dk, *dv;  // contiguous
+
+    int64_t scratch_floats() const;
+};
+
+// As above.
+TVK_KERNEL(temporal_attention_backward,
+           (const TemporalAttentionBackward& a, int64_t begin, int64_t end, float* scratch));
+
 namespace temporal {
 
 constexpr int64_t MAX_WIDTH = 16;  // floats in the widest level's vector
@@ -48,6 +60,13 @@ inline int64_t TemporalAttention::scratch_floats() const {
     using temporal::padded;
     const int64_t staged = 3 * padded(frames, 4) * temporal::row_floats(*this);
     return staged + (padded(dim, 4) + frames) * temporal::MAX_WIDTH;
+}
+
+inline int64_t TemporalAttentionBackward::scratch_floats() const {
+    using temporal::padded;
+    const int64_t staged = 4 * padded(frames, 4) * temporal::row_floats(*this);
+    const int64_t square = frames * padded(frames, temporal::MAX_WIDTH);
+    return staged + padded(dim, 4) * temporal::MAX_WIDTH + 2 * square;
 }
 
 }  // namespace tvk

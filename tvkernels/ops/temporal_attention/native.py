@@ -13,3 +13,13 @@ def why_not(q, k, v, scale) -> list[str]:
 def forward(q, k, v, scale):
     """Shapes as in `tvkernels.temporal_attention`; scores are never in memory."""
     return _native.load("cpu").temporal_attention(q, k, v, scale)
+
+
+def why_not_backward(*args) -> list[str]:
+    """A library of an earlier version has no backward."""
+    return _native.why_not("cpu", "temporal_attention_backward")
+
+
+def backward(grads, q, k, v, scale):
+    """The scores and their slopes once more, then three products, position by position."""
+    return list(_native.load("cpu").temporal_attention_backward(grads[0], q, k, v, scale))
