@@ -11,6 +11,7 @@
 // clang-format off
 TVK_CPU_OP(guided_ddim_step, "(Tensor sample, Tensor noise, Tensor step, Tensor? mask, Tensor? background) -> Tensor")
 TVK_CPU_OP(clip_group_norm, "(Tensor x, Tensor weight, Tensor bias, int groups, float eps, bool silu) -> Tensor")
+TVK_CPU_OP(clip_group_norm_backward, "(Tensor grad, Tensor x, Tensor weight, Tensor bias, int groups, float eps, bool silu) -> (Tensor, Tensor, Tensor)")
 TVK_CPU_OP(temporal_attention, "(Tensor q, Tensor k, Tensor v, float? scale) -> Tensor")
 TVK_CPU_OP(temporal_attention_backward, "(Tensor grad, Tensor q, Tensor k, Tensor v, float? scale) -> (Tensor, Tensor, Tensor)")
 TVK_CPU_OP(frame_attention, "(Tensor q, Tensor k, Tensor v, Tensor row_ptr, Tensor segments, int[] levels, int h, int w, float? scale, bool return_lse) -> (Tensor, Tensor)")

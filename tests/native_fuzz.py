@@ -13,10 +13,10 @@ import torch
 
 import tvkernels
 from tvkernels import _native
-from tvkernels._dispatch import OPS
+from tvkernels._dispatch import OPS, brings_backward
 from tvkernels.ops import specs
 from tvkernels.testing.budget import assert_error_budget
-from tvkernels.testing.calls import build, gradients, tensors
+from tvkernels.testing.calls import build, gradients, registered_arguments, tensors
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -114,36 +114,46 @@ def check(op, seed):
         spec = dataclasses.replace(spec, cases={case: drawn})
     dtype = rng.choice(DTYPES)
     again = rng.getrandbits(32)
-    trained = hasattr(OPS[op].backend("native"), "backward") and rng.random() < 0.5
 
-    def run(backend, **make):
+    def given(strides, seed, **make):
         positional, keyword = build(spec, case, dtype, seed=seed, **make)
-        strides = random.Random(again)
         every = strides.random() < 0.5
-        given = dict(enumerate(positional)) | keyword
+        named = dict(enumerate(positional)) | keyword
         # All of them, or one alone: what the others could merge, it must not.
-        odd = given if every else {strides.choice([*given])}
-        given = {name: laid_out(x, strides) if name in odd else x for name, x in given.items()}
-        positional = [given.pop(i) for i in range(len(positional))]
+        odd = named if every else {strides.choice([*named])}
+        named = {name: laid_out(x, strides) if name in odd else x for name, x in named.items()}
+        return [named.pop(i) for i in range(len(positional))], named
 
-        def turned(*args, **options):
-            """So that the results' gradients are not contiguous either."""
-            return [x.movedim(0, -1) for x in tensors(spec.call(*args, **options))]
+    def results(backend, **make):
+        positional, keyword = given(random.Random(again), seed, **make)
+        return dict(enumerate(tensors(spec.call(*positional, **keyword, backend=backend))))
 
-        if not trained:
-            return turned(*positional, **given, backend=backend), {}
-        return gradients(spec, (positional, given), turned, backend=backend)
+    def grads(backend, **make):
+        """Of several draws together: the rounding error of one number says little."""
+        drawn = []
+        for i in range(4):
+            strides = random.Random(again)
 
-    what = f"{op}, seed {seed}, {dtype}, {spec.cases[case]}"
-    drawn = run("native"), run("reference"), run("reference", wide=torch.float64)
-    results, grads = zip(*drawn, strict=True)
-    assert len(results[0]) == len(results[2]) > 0
-    for i, result in enumerate(zip(*results, strict=True)):
-        assert_error_budget(*result, factor=spec.budget, what=f"{what}, output {i}")
-    for name, *found in ((name, *(g[name] for g in grads)) for name in grads[0]):
-        if found[2].numel() == 1:
-            continue  # the rounding error of one number, such as sigma's, says little
-        assert_error_budget(*found, factor=spec.gradient_budget, what=f"{what}, gradient {name}")
+            def call(*positional, strides=strides, **keyword):
+                result = spec.call(*positional, **keyword, backend=backend)
+                for x in tensors(result):
+                    x.register_hook(lambda grad: laid_out(grad, strides))
+                return result
+
+            drawn.append(gradients(spec, given(strides, 1000 * seed + i, **make), call)[1])
+        return {name: torch.stack([grad[name] for grad in drawn]) for name in drawn[0]}
+
+    def compare(run, factor, what):
+        found, low, exact = run("native"), run("reference"), run("reference", wide=torch.float64)
+        assert len(found) == len(exact) > 0
+        for name, result in found.items():
+            where = f"{op}, seed {seed}, {dtype}, {spec.cases[case]}, {what} {name}"
+            assert_error_budget(result, low[name], exact[name], factor=factor, what=where)
+
+    compare(results, spec.budget, "output")
+    args = registered_arguments(spec, given(random.Random(again), seed))
+    if spec.gradients and brings_backward(OPS[op].backend("native"), args):
+        compare(grads, spec.gradient_budget, "gradient of argument")
 
 
 def check_rounding():

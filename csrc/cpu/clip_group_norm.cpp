@@ -31,47 +31,94 @@ void combine(const ClipGroupNorm& a, double eps, std::vector<float>& mean,
     }
 }
 
+ClipGroupNorm::Clip clip(const Tensor& x) {
+    return {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2), x.stride(3), x.stride(4)};
+}
+
+// What both directions begin with: the checks, and the statistics of an x that is not empty.
+struct Call {
+    ClipGroupNorm a = {};
+    Tensor weight, bias;  // contiguous
+    std::vector<double> moments;
+    std::vector<float> mean, rstd;
+
+    Call(const Tensor& x, const Tensor& w, const Tensor& b, int64_t groups, double eps,
+         bool silu) {
+        STD_TORCH_CHECK(x.dim() == 5, "x is [B, F, C, h, w]");
+        const int64_t channels = x.size(2);
+        STD_TORCH_CHECK(groups > 0 && channels % groups == 0, "groups do not divide the channels");
+        for (const Tensor* per_channel : {&w, &b}) {
+            check_like(*per_channel, x, "weight or bias");
+            STD_TORCH_CHECK(per_channel->dim() == 1 && per_channel->size(0) == channels,
+                            "weight and bias are [C]");
+        }
+        weight = torch::stable::contiguous(w), bias = torch::stable::contiguous(b);
+        a.dtype = dtype_of(x);
+        a.batch = x.size(0), a.frames = x.size(1), a.channels = channels;
+        a.height = x.size(3), a.width = x.size(4), a.groups = groups;
+        a.x = clip(x);
+        a.weight = weight.const_data_ptr(), a.bias = bias.const_data_ptr();
+        a.silu = silu;
+        if (x.numel() == 0) {
+            return;
+        }
+        moments.resize(2 * a.tasks());
+        mean.resize(a.batch * groups), rstd.resize(a.batch * groups);
+        a.moments = moments.data(), a.mean = mean.data(), a.rstd = rstd.data();
+        each_task(best_clip_group_norm_moments());
+        combine(a, eps, mean, rstd);
+    }
+
+    template <typename Run>
+    void each_task(Run* run) {
+        // 32768 numbers are about 20 us; fewer are not worth waking another thread.
+        const int64_t grain = std::max<int64_t>(1, 32768 / (a.group_channels() * a.plane()));
+        parallel_for(0, a.tasks(), grain, [&](int64_t begin, int64_t end) {
+            Scratch scratch(2 * a.BLOCK);
+            run(a, begin, end, scratch.data());
+        });
+    }
+};
+
 }  // namespace
 
 Tensor clip_group_norm(const Tensor& x, const Tensor& weight, const Tensor& bias, int64_t groups,
                        double eps, bool silu) {
-    STD_TORCH_CHECK(x.dim() == 5, "x is [B, F, C, h, w]");
-    const int64_t channels = x.size(2);
-    STD_TORCH_CHECK(groups > 0 && channels % groups == 0, "groups do not divide the channels");
-    for (const Tensor* per_channel : {&weight, &bias}) {
-        check_like(*per_channel, x, "weight or bias");
-        STD_TORCH_CHECK(per_channel->dim() == 1 && per_channel->size(0) == channels,
-                        "weight and bias are [C]");
-    }
+    Call call(x, weight, bias, groups, eps, silu);
     Tensor out = empty_contiguous_like(x);
-    if (out.numel() == 0) {
-        return out;
+    if (out.numel() != 0) {
+        call.a.out = out.mutable_data_ptr();
+        call.each_task(best_clip_group_norm_apply());
     }
-    const Tensor w = torch::stable::contiguous(weight), b = torch::stable::contiguous(bias);
-    ClipGroupNorm a = {};
-    a.dtype = dtype_of(x);
-    a.batch = x.size(0), a.frames = x.size(1), a.channels = channels;
-    a.height = x.size(3), a.width = x.size(4), a.groups = groups;
-    a.x = {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2), x.stride(3), x.stride(4)};
-    a.weight = w.const_data_ptr(), a.bias = b.const_data_ptr();
-    a.out = out.mutable_data_ptr();
-    a.silu = silu;
-
-    std::vector<double> moments(2 * a.tasks());
-    std::vector<float> mean(a.batch * groups), rstd(a.batch * groups);
-    a.moments = moments.data(), a.mean = mean.data(), a.rstd = rstd.data();
-    const auto each_task = [&](auto* run) {
-        // 32768 numbers are about 20 us; fewer are not worth waking another thread.
-        const int64_t grain = std::max<int64_t>(1, 32768 / (a.group_channels() * a.plane()));
-        parallel_for(0, a.tasks(), grain, [&](int64_t begin, int64_t end) {
-            Scratch scratch(a.BLOCK);
-            run(a, begin, end, scratch.data());
-        });
-    };
-    each_task(best_clip_group_norm_moments());
-    combine(a, eps, mean, rstd);
-    each_task(best_clip_group_norm_apply());
     return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> clip_group_norm_backward(const Tensor& grad, const Tensor& x,
+                                                            const Tensor& weight,
+                                                            const Tensor& bias, int64_t groups,
+                                                            double eps, bool silu) {
+    Call call(x, weight, bias, groups, eps, silu);
+    check_like(grad, x, "grad");
+    STD_TORCH_CHECK(grad.dim() == 5, "grad is [B, F, C, h, w]");
+    for (int64_t d = 0; d < 5; ++d) {
+        STD_TORCH_CHECK(grad.size(d) == x.size(d), "grad has another shape than x");
+    }
+    Tensor dx = empty_contiguous_like(x), dweight = empty_contiguous_like(weight),
+           dbias = empty_contiguous_like(bias);
+    if (dx.numel() == 0) {
+        return {dx, torch::stable::zero_(dweight), torch::stable::zero_(dbias)};
+    }
+    ClipGroupNorm& a = call.a;
+    std::vector<double> sums(2 * a.batch * a.frames * a.channels);
+    std::vector<float> lost(2 * a.batch * a.groups);
+    a.grad = clip(grad);
+    a.sums = sums.data(), a.lost = lost.data();
+    a.out = dx.mutable_data_ptr();
+    a.dweight = dweight.mutable_data_ptr(), a.dbias = dbias.mutable_data_ptr();
+    call.each_task(best_clip_group_norm_sums());
+    best_clip_group_norm_merge()(a, 0, a.groups, nullptr);
+    call.each_task(best_clip_group_norm_differentiate());
+    return {dx, dweight, dbias};
 }
 
 }  // namespace tvk

@@ -16,6 +16,7 @@ using torch::stable::Tensor;
 // clang-format off
 Tensor guided_ddim_step(const Tensor& sample, const Tensor& noise, const Tensor& step, const std::optional<Tensor>& mask, const std::optional<Tensor>& background);
 Tensor clip_group_norm(const Tensor& x, const Tensor& weight, const Tensor& bias, int64_t groups, double eps, bool silu);
+std::tuple<Tensor, Tensor, Tensor> clip_group_norm_backward(const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& bias, int64_t groups, double eps, bool silu);
 Tensor temporal_attention(const Tensor& q, const Tensor& k, const Tensor& v, std::optional<double> scale);
 std::tuple<Tensor, Tensor, Tensor> temporal_attention_backward(const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v, std::optional<double> scale);
 std::tuple<Tensor, Tensor> frame_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& row_ptr, const Tensor& segments, std::vector<int64_t> levels, int64_t h, int64_t w, std::optional<double> scale, bool return_lse);
