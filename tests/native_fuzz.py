@@ -129,7 +129,9 @@ def check(op, seed):
         return dict(enumerate(tensors(spec.call(*positional, **keyword, backend=backend))))
 
     def grads(backend, **make):
-        """Of several draws together: the rounding error of one number says little."""
+        """Of several draws together, of 32 numbers or more: the rounding error of few, such as
+        sigma's one, says little.
+        """
         drawn = []
         for i in range(4):
             strides = random.Random(again)
@@ -141,11 +143,12 @@ def check(op, seed):
                 return result
 
             drawn.append(gradients(spec, given(strides, 1000 * seed + i, **make), call)[1])
-        return {name: torch.stack([grad[name] for grad in drawn]) for name in drawn[0]}
+        several = [name for name, grad in drawn[0].items() if grad.numel() >= 32]
+        return {name: torch.stack([grad[name] for grad in drawn]) for name in several}
 
     def compare(run, factor, what):
         found, low, exact = run("native"), run("reference"), run("reference", wide=torch.float64)
-        assert len(found) == len(exact) > 0
+        assert list(found) == list(exact)
         for name, result in found.items():
             where = f"{op}, seed {seed}, {dtype}, {spec.cases[case]}, {what} {name}"
             assert_error_budget(result, low[name], exact[name], factor=factor, what=where)
