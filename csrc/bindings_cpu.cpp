@@ -18,6 +18,8 @@ TVK_CPU_OP(frame_attention, "(Tensor q, Tensor k, Tensor v, Tensor row_ptr, Tens
 TVK_CPU_OP(frame_attention_backward, "(Tensor grad, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor row_ptr, Tensor segments, int[] levels, int h, int w, float? scale) -> (Tensor, Tensor, Tensor)")
 TVK_CPU_OP(token_map_attention, "(Tensor q, Tensor k, Tensor v, Tensor tokens, float? scale) -> (Tensor, Tensor)")
 TVK_CPU_OP(shift_restricted_temporal_attention, "(Tensor z, Tensor w_q, Tensor w_k, Tensor w_v, Tensor w_out, Tensor? bias, int heads) -> Tensor")
+TVK_CPU_OP(temporal_group_norm, "(Tensor x, Tensor weight, Tensor bias, int groups, float eps) -> Tensor")
+TVK_CPU_OP(temporal_group_norm_backward, "(Tensor grad, Tensor x, Tensor weight, Tensor bias, int groups, float eps) -> (Tensor, Tensor, Tensor)")
 // clang-format on
 
 // The instruction set in use: generic, avx2 or avx512.

@@ -40,6 +40,19 @@ def clip_group_norm(rng):
     return {"shape": shape, "groups": groups, "silu": rng.random() < 0.5}
 
 
+def temporal_conv(rng):
+    groups = rng.randint(1, 3)
+    side = 11 if rng.random() < 0.3 else size(rng, 8)  # more positions than a block holds
+    shape = (rng.randint(1, 2), rng.randint(1, 5), groups * size(rng, 12), side, size(rng, 12))
+    return {
+        "shape": shape,
+        "groups": groups,
+        "frames": shape[1],
+        "out": size(rng, 12),
+        "norm": True,
+    }
+
+
 def guided_ddim_step(rng):
     shape = tuple(size(rng, 40) for _ in range(rng.randint(1, 5)))
     mask = tuple(n if rng.random() < 0.6 else 1 for n in shape)[rng.randint(0, len(shape) - 1) :]
@@ -79,7 +92,7 @@ SHAPES = {
     draw.__name__: draw
     for draw in (
         temporal_attention, clip_group_norm, guided_ddim_step, frame_attention,
-        token_map_attention, shift_restricted_temporal_attention,
+        token_map_attention, shift_restricted_temporal_attention, temporal_conv,
     )
 }  # fmt: skip
 

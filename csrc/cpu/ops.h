@@ -23,6 +23,8 @@ std::tuple<Tensor, Tensor> frame_attention(const Tensor& q, const Tensor& k, con
 std::tuple<Tensor, Tensor, Tensor> frame_attention_backward(const Tensor& grad, const std::optional<Tensor>& grad_lse, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& row_ptr, const Tensor& segments, std::vector<int64_t> levels, int64_t h, int64_t w, std::optional<double> scale);
 std::tuple<Tensor, Tensor> token_map_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& tokens, std::optional<double> scale);
 Tensor shift_restricted_temporal_attention(const Tensor& z, const Tensor& w_q, const Tensor& w_k, const Tensor& w_v, const Tensor& w_out, const std::optional<Tensor>& bias, int64_t heads);
+Tensor temporal_group_norm(const Tensor& x, const Tensor& weight, const Tensor& bias, int64_t groups, double eps);
+std::tuple<Tensor, Tensor, Tensor> temporal_group_norm_backward(const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& bias, int64_t groups, double eps);
 std::string level_name();
 // clang-format on
 

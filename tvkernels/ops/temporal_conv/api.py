@@ -18,7 +18,7 @@ OP = Op(
     "Tensor? residual, SymInt groups, float eps, SymInt stride, SymInt frames",
     "Tensor",
     _fake,
-    backends=("triton", "cpu", "reference"),
+    backends=("triton", "native", "cpu", "reference"),
     differentiable=(0, 1, 2, 3, 4, 5),
 )
 
