@@ -17,7 +17,7 @@ TRAINED = [(op, case) for op, case in CASES if SPECS[op].gradients]
 BACKENDS = ("cpu", "reference")  # composed PyTorch: every op has both, in float64 too
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Where the library is not built, the last line of the run says so.
-NATIVE = [op for op in SPECS if "native" in OPS[op].backends and not _native.why_not("cpu", op)]
+NATIVE = [op for op in SPECS if "native" in OPS[op].backends and not _native.why_not("cpu")]
 
 
 def on(items, *backends):
