@@ -9,20 +9,20 @@ namespace {
 
 constexpr int64_t BLOCK = TemporalGroupNorm::BLOCK, VECTORS = BLOCK / W;
 
-// A block's positions in vectors; those beyond the plane are zero.
+// A block's positions in vectors; those beyond the plane are zero. All of them are worked on:
+// loops of a known length stay in registers.
 struct Positions {
     f32v of[VECTORS] = {};
 };
 
-// One task: where its block lies, and how many vectors hold it.
+// One task: where its block lies.
 struct Task {
-    int64_t batch, group, first, count, vectors;
+    int64_t batch, group, first, count;
 
     Task(const TemporalGroupNorm& a, int64_t task) {
         const int64_t left = a.plane() - task % a.blocks() * BLOCK;
         batch = task / a.blocks() / a.groups, group = task / a.blocks() % a.groups;
         first = task % a.blocks() * BLOCK, count = left < BLOCK ? left : BLOCK;
-        vectors = (count + W - 1) / W;
     }
 
     // Numbers of vector v that lie in the plane.
@@ -40,14 +40,14 @@ void gather(const TemporalGroupNorm& a, const TemporalGroupNorm::Clip& clip, con
         for (int64_t c = 0; c < a.group_channels(); ++c, to += BLOCK) {
             const T* plane = start + f * clip.frame + c * clip.channel;
             if (dense) {
-                for (int64_t v = 0; v < task.vectors; ++v) {
+                for (int64_t v = 0; v < VECTORS; ++v) {
                     const T* from = plane + task.first + v * W;
                     const int n = task.inside(v);
                     store(n < W ? load(from, n) : load(from), to + v * W);
                 }
                 continue;
             }
-            for (int64_t i = 0; i < task.vectors * W; ++i) {
+            for (int64_t i = 0; i < BLOCK; ++i) {
                 const int64_t p = task.first + i;
                 to[i] = i < task.count
                             ? widen(plane[p / a.width * clip.row + p % a.width * clip.column])
@@ -59,16 +59,16 @@ void gather(const TemporalGroupNorm& a, const TemporalGroupNorm::Clip& clip, con
 
 // Sums over a task's numbers of each position: of a frame's channels, then of the frames.
 template <typename Value>
-Positions sum_over(const TemporalGroupNorm& a, const Task& task, Value value) {
+Positions sum_over(const TemporalGroupNorm& a, Value value) {
     Positions total;
     for (int64_t f = 0; f < a.frames; ++f) {
         Positions frame;
         for (int64_t row = f * a.group_channels(); row < (f + 1) * a.group_channels(); ++row) {
-            for (int64_t v = 0; v < task.vectors; ++v) {
+            for (int64_t v = 0; v < VECTORS; ++v) {
                 frame.of[v] += value(row * BLOCK + v * W, v);
             }
         }
-        for (int64_t v = 0; v < task.vectors; ++v) {
+        for (int64_t v = 0; v < VECTORS; ++v) {
             total.of[v] += frame.of[v];
         }
     }
@@ -85,21 +85,24 @@ f32v rsqrt(f32v x) {
 }
 
 // Takes the mean from x and divides it by the spread, in place; returns 1 / spread.
-Positions normalise(const TemporalGroupNorm& a, const Task& task, float* x) {
+Positions normalise(const TemporalGroupNorm& a, float* x) {
     const float count = static_cast<float>(a.frames * a.group_channels());
     const int64_t rows = a.frames * a.group_channels();
-    const Positions total = sum_over(a, task, [&](int64_t at, int64_t) { return load(x + at); });
-    const Positions squares = sum_over(a, task, [&](int64_t at, int64_t v) {
-        const f32v centred = load(x + at) - total.of[v] / count;
+    Positions mean = sum_over(a, [&](int64_t at, int64_t) { return load(x + at); });
+    for (f32v& of : mean.of) {
+        of /= count;
+    }
+    const Positions squares = sum_over(a, [&](int64_t at, int64_t v) {
+        const f32v centred = load(x + at) - mean.of[v];
         store(centred, x + at);
         return centred * centred;
     });
     Positions rstd;
-    for (int64_t v = 0; v < task.vectors; ++v) {
+    for (int64_t v = 0; v < VECTORS; ++v) {
         rstd.of[v] = rsqrt(squares.of[v] / count + a.eps);
     }
     for (int64_t row = 0; row < rows; ++row) {
-        for (int64_t v = 0; v < task.vectors; ++v) {
+        for (int64_t v = 0; v < VECTORS; ++v) {
             float* at = x + row * BLOCK + v * W;
             store(load(at) * rstd.of[v], at);
         }
@@ -115,7 +118,7 @@ void write(const TemporalGroupNorm& a, const Task& task, Value value) {
             const int64_t channel = task.group * a.group_channels() + c;
             T* to = static_cast<T*>(a.out) + task.first +
                     ((task.batch * a.frames + f) * a.channels + channel) * a.plane();
-            for (int64_t v = 0; v < task.vectors; ++v) {
+            for (int64_t v = 0; v < VECTORS; ++v) {
                 const f32v result = value(f * a.group_channels() + c, channel, v);
                 const int n = task.inside(v);
                 n < W ? store(result, to + v * W, n) : store(result, to + v * W);
@@ -130,7 +133,7 @@ void forward(const TemporalGroupNorm& a, int64_t begin, int64_t end, float* x) {
     for (int64_t i = begin; i < end; ++i) {
         const Task task(a, i);
         gather<T>(a, a.x, task, x);
-        normalise(a, task, x);
+        normalise(a, x);
         write<T>(a, task, [&](int64_t row, int64_t channel, int64_t v) {
             const f32v y =
                 load(x + row * BLOCK + v * W) * widen(weight[channel]) + widen(bias[channel]);
@@ -149,13 +152,13 @@ void differentiate(const TemporalGroupNorm& a, int64_t begin, int64_t end, float
         const Task task(a, i);
         gather<T>(a, a.x, task, x);
         gather<T>(a, a.grad, task, inner);
-        const Positions rstd = normalise(a, task, x);
+        const Positions rstd = normalise(a, x);
         for (int64_t c = 0; c < inside; ++c) {
             const float scale = widen(weight[task.group * inside + c]);
             const float shift = widen(bias[task.group * inside + c]);
             f32v product{}, total{};
             for (int64_t f = 0; f < a.frames; ++f) {
-                for (int64_t v = 0; v < task.vectors; ++v) {
+                for (int64_t v = 0; v < VECTORS; ++v) {
                     const int64_t at = (f * inside + c) * BLOCK + v * W;
                     const f32v y = load(x + at) * scale + shift, sigmoid = 1.0f / (exp(-y) + 1.0f);
                     const f32v outer = load(inner + at) * sigmoid * (y * (1.0f - sigmoid) + 1.0f);
@@ -168,9 +171,9 @@ void differentiate(const TemporalGroupNorm& a, int64_t begin, int64_t end, float
             a.sums[2 * (i * inside + c) + 1] = sum(total);
         }
         const Positions constant =
-            sum_over(a, task, [&](int64_t at, int64_t) { return load(inner + at); });
-        const Positions slope = sum_over(
-            a, task, [&](int64_t at, int64_t) { return load(inner + at) * load(x + at); });
+            sum_over(a, [&](int64_t at, int64_t) { return load(inner + at); });
+        const Positions slope =
+            sum_over(a, [&](int64_t at, int64_t) { return load(inner + at) * load(x + at); });
         write<T>(a, task, [&](int64_t row, int64_t, int64_t v) {
             const int64_t at = row * BLOCK + v * W;
             const f32v lost = (constant.of[v] + load(x + at) * slope.of[v]) / count;

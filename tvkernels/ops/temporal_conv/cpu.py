@@ -1,7 +1,8 @@
 """Lean composed PyTorch: a product of each tap on views of the frames, no sequence is laid out.
 
 The convolution over [1, 8, 320, 32, 32] took 57 ms in float32 on one CPU core so, 69 ms as a 3-D
-one and 92 ms on sequences.
+one and 92 ms on sequences. One product of all taps at once, on a view whose frames overlap,
+was 0.9 to 1.6 times as fast at 48 to 192 channels of 16 x 16, 0.6 to 1.1 times at 320 and more.
 """
 
 from __future__ import annotations
