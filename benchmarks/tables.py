@@ -21,7 +21,16 @@ NATIVE = {
         "fine-coarse frame attention, r = 2", "frame attention, fine-coarse",
     ),
     ("frame_attention", "[0; f - 1]"): ("frame attention [0; f - 1]",) * 2,
+    ("frame_attention gradients", "fine-coarse, r = 2"): (
+        "gradients of fine-coarse frame attention", "fine-coarse, gradients",
+    ),
+    ("frame_attention gradients", "[0; f - 1]"): (
+        "gradients of frame attention [0; f - 1]", "[0; f - 1], gradients",
+    ),
     ("temporal_attention", "q, k, v apart"): ("temporal attention",) * 2,
+    ("temporal_attention gradients", "q, k, v apart"): (
+        "gradients of temporal attention", "temporal, gradients",
+    ),
     ("temporal_attention", "slices of one"): (
         "temporal attention on slices of one projection", "temporal, slices of one projection",
     ),
@@ -31,12 +40,22 @@ NATIVE = {
     ("shift_restricted_temporal_attention", ""): (
         "shift-restricted temporal attention", "shift-restricted temporal",
     ),
+    ("shift_restricted_temporal_attention gradients", ""): (
+        "gradients of shift-restricted attention", "shift-restricted, gradients",
+    ),
     ("token_map_attention", ""): (
         "cross-attention with token maps", "cross-attention, token maps",
     ),
     ("clip_group_norm", "SiLU"): ("clip group norm + SiLU",) * 2,
     ("clip_group_norm", "SiLU, channels last"): (
         "the same, channels last", "group norm, channels last",
+    ),
+    ("clip_group_norm gradients", "SiLU"): (
+        "gradients of clip group norm + SiLU", "group norm, gradients",
+    ),
+    ("temporal_conv", "norm, SiLU"): ("norm, SiLU, temporal convolution", "temporal convolution"),
+    ("temporal_conv gradients", "norm, SiLU"): (
+        "gradients of temporal convolution", "temporal convolution, gradients",
     ),
     ("guided_ddim_step", ""): ("guided DDIM step",) * 2,
 }  # fmt: skip

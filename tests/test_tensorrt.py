@@ -201,7 +201,9 @@ def test_execution_hands_over_torchs_own_memory(engine, monkeypatch):
 
 @pytest.mark.slow
 @ONLY_RTX
-@pytest.mark.parametrize("method", ["ei2", "tune-a-video", "frame-by-frame"])
+@pytest.mark.parametrize(
+    "method", ["ei2", "tune-a-video", "frame-by-frame", "tcve", "blended-diffusion"]
+)
 def test_the_whole_demo_unet_builds_for_three_architectures(method, tmp_path, capsys):
     pytest.importorskip("typer")
     pytest.importorskip("pydantic")

@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tvkernels import _native
+from tvkernels._dispatch import OPS
 from tvkernels.ops.instance_center import cpu as instance_center
 from tvkernels.ops.spectral_linear.reference import normalised
-from tvkernels.ops.temporal_attention import native as temporal_attention
 
 
 def why_not(z, w_q, w_k, w_v, w_out, bias, sigma_v, sigma_out, heads) -> list[str]:
@@ -26,18 +26,18 @@ def forward(z, w_q, w_k, w_v, w_out, bias, sigma_v, sigma_out, heads):
 
 def why_not_backward(*args) -> list[str]:
     """Reasons against its gradients: those against temporal attention's."""
-    return temporal_attention.why_not_backward()
+    return OPS["temporal_attention"].backend("native").why_not_backward()
 
 
 def backward(grads, z, w_q, w_k, w_v, w_out, bias, sigma_v, sigma_out, heads):
     """The block's products once more, attention's own gradients between theirs."""
-    grad = grads[0]
+    grad, attention = grads[0], OPS["temporal_attention"].backend("native")
     centered = instance_center.forward(z)
     projections = w_q, w_k, normalised(w_v, sigma_v)
     q, k, v = (F.linear(centered, weight).unflatten(-1, (heads, -1)) for weight in projections)
-    attended = temporal_attention.forward(q, k, v, None).flatten(3)
+    attended = attention.forward(q, k, v, None).flatten(3)
     outer = grad.matmul(normalised(w_out, sigma_out)).unflatten(-1, (heads, -1))
-    slopes = [x.flatten(3) for x in temporal_attention.backward([outer], q, k, v, None)]
+    slopes = [x.flatten(3) for x in attention.backward([outer], q, k, v, None)]
     del q, k, v, outer
     inner = sum(slope.matmul(weight) for slope, weight in zip(slopes, projections, strict=True))
     dw_q, dw_k, dw_v = (_weight_gradient(slope, centered) for slope in slopes)
