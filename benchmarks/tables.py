@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from tvkernels.benchmarks.quality import MEASURES, differences, interval
 from tvkernels.benchmarks.stored import newest
@@ -273,12 +274,12 @@ def pipelines(results: Results) -> Table:
     return Table(head, found, rows)
 
 
-def steps(results: Results) -> Table:
+def steps(results: Results, model: str = "half-sd") -> Table:
     """What a step takes a reference, as multiples of ours: seconds, then peak memory.
 
     Each cell is math attention's, then SDPA's.
     """
-    rows = [row for row in newest("pipelines", results["pipelines"]) if row["model"] == "half-sd"]
+    rows = [row for row in newest("pipelines", results["pipelines"]) if row["model"] == model]
     by = {(r["method"], r["frames"], r["phase"], r["provider"]): r for r in rows}
     phases, found = ("inversion", "sampling", "tuning"), []
 
@@ -291,7 +292,8 @@ def steps(results: Results) -> Table:
                   for row in others]  # fmt: skip
         return Cell(" / ".join(ratios), ours["id"])
 
-    for method, frames in dict.fromkeys((row["method"], row["frames"]) for row in rows):
+    clips = dict.fromkeys((row["method"], row["frames"]) for row in rows)
+    for method, frames in sorted(clips, key=lambda clip: clip[1]):
         cells = [
             cell((method, frames), phase, measure)
             for measure in ("seconds", "peak_bytes")
@@ -381,6 +383,7 @@ TABLES: dict[str, Callable[[Results], Table]] = {
     "systems": systems,
     "native": native,
     "steps": steps,
+    "steps-embedded": partial(steps, model="embedded"),
     "pipelines": pipelines,
     "memory": memory,
     "runtimes": runtimes,

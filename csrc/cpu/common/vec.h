@@ -33,7 +33,8 @@ typedef int32_t i32v __attribute__((vector_size(4 * W)));
 typedef uint32_t u32v __attribute__((vector_size(4 * W)));
 typedef uint16_t u16v __attribute__((vector_size(2 * W)));
 
-inline f32v splat(float x) { return f32v{} + x; }
+// Minus, not plus: 0 + -0 is not -0, so that a compiler would have to compute it.
+inline f32v splat(float x) { return x - f32v{}; }
 
 template <typename To, typename From>
 inline To as(From x) {
