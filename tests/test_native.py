@@ -226,7 +226,7 @@ def test_under_sanitizers(tmp_path):
     preload = [run("g++", f"-print-file-name=lib{name}.so").strip() for name in ("asan", "ubsan")]
     for level in ("avx512", "avx2", "generic"):
         run(
-            sys.executable, "tests/native_fuzz.py", str(tmp_path / "tvkernels"), "50",
+            sys.executable, "tests/native_fuzz.py", str(tmp_path / "tvkernels"), "15",
             LD_PRELOAD=":".join(preload), TVKERNELS_CPU_LEVEL=level,
             # Python and torch keep memory to their end: leaks say nothing here.
             ASAN_OPTIONS="detect_leaks=0,halt_on_error=1", OMP_NUM_THREADS="2",
