@@ -139,7 +139,9 @@ def check(op, seed):
 
     def results(backend, **make):
         positional, keyword = given(random.Random(again), seed, **make)
-        return dict(enumerate(tensors(spec.call(*positional, **keyword, backend=backend))))
+        found = tensors(spec.call(*positional, **keyword, backend=backend))
+        assert found
+        return dict(enumerate(found))
 
     def grads(backend, **make):
         """Of several draws together, of 32 numbers or more: the rounding error of few, such as

@@ -226,7 +226,7 @@ def test_under_sanitizers(tmp_path):
     preload = [run("g++", f"-print-file-name=lib{name}.so").strip() for name in ("asan", "ubsan")]
     for level in ("avx512", "avx2", "generic"):
         run(
-            sys.executable, "tests/native_fuzz.py", str(tmp_path / "tvkernels"), "15",
+            sys.executable, "tests/native_fuzz.py", str(tmp_path / "tvkernels"), "50",
             LD_PRELOAD=":".join(preload), TVKERNELS_CPU_LEVEL=level,
             # Python and torch keep memory to their end: leaks say nothing here.
             ASAN_OPTIONS="detect_leaks=0,halt_on_error=1", OMP_NUM_THREADS="2",
@@ -240,3 +240,12 @@ def test_more_dimensions_than_it_takes_are_a_reason():
     with pytest.raises(BackendError, match="9 dimensions are more than 8"):
         tvkernels.guided_ddim_step(sample, sample, step, backend="native")
     assert tvkernels.guided_ddim_step(sample, sample, step).shape == sample.shape
+
+
+@built
+def test_a_library_that_lacks_a_backward_is_refused():
+    """Built from older sources, it would else leave the gradients to a slower backend unsaid."""
+    x = torch.randn(2)
+    assert _native.refuse("clip_group_norm", x, backward="clip_group_norm_backward") == []
+    (reason,) = _native.refuse("clip_group_norm", x, backward="of_later_sources")
+    assert "was built without of_later_sources: run `make native`" in reason

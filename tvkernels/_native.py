@@ -40,12 +40,14 @@ def why_not(part: str, op: str | None = None) -> list[str]:
     return list(_why_not(part, op, FOLDER))
 
 
-def refuse(op: str, *tensors: Tensor | None) -> list[str]:
+def refuse(op: str, *tensors: Tensor | None, backward: str | None = None) -> list[str]:
     """What stands against a call of a CPU op: its library, a device, a dtype.
 
     Args:
         op: its name in the library.
         tensors: the call's tensors of one storage dtype, None for those not given.
+        backward: name of the op that gives its gradients, which a library built from older sources
+            lacks; None where there is none.
     """
     given = [x for x in tensors if x is not None]
     reasons = []
@@ -56,7 +58,8 @@ def refuse(op: str, *tensors: Tensor | None) -> list[str]:
         reasons.append(f"needs one dtype, got {_names(x.dtype for x in given)}")
     elif not dtypes <= set(DTYPES):
         reasons.append(f"computes in float32 at most, got {_names(dtypes)}")
-    return reasons + why_not("cpu", op)
+    missing = [why_not("cpu", name) for name in (op, backward) if name is not None]
+    return reasons + list(dict.fromkeys(reason for found in missing for reason in found))
 
 
 def _names(values) -> str:

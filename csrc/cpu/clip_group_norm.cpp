@@ -4,8 +4,8 @@
 #include <cmath>
 #include <vector>
 
+#include "cpu/common/group_norm.h"
 #include "cpu/common/scratch.h"
-#include "cpu/common/tensor.h"
 #include "cpu/ops.h"
 
 namespace tvk {
@@ -31,10 +31,6 @@ void combine(const ClipGroupNorm& a, double eps, std::vector<float>& mean,
     }
 }
 
-ClipGroupNorm::Clip clip(const Tensor& x) {
-    return {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2), x.stride(3), x.stride(4)};
-}
-
 // What both directions begin with: the checks, and the statistics of an x that is not empty.
 struct Call {
     ClipGroupNorm a = {};
@@ -44,20 +40,8 @@ struct Call {
 
     Call(const Tensor& x, const Tensor& w, const Tensor& b, int64_t groups, double eps,
          bool silu) {
-        STD_TORCH_CHECK(x.dim() == 5, "x is [B, F, C, h, w]");
-        const int64_t channels = x.size(2);
-        STD_TORCH_CHECK(groups > 0 && channels % groups == 0, "groups do not divide the channels");
-        for (const Tensor* per_channel : {&w, &b}) {
-            check_like(*per_channel, x, "weight or bias");
-            STD_TORCH_CHECK(per_channel->dim() == 1 && per_channel->size(0) == channels,
-                            "weight and bias are [C]");
-        }
         weight = torch::stable::contiguous(w), bias = torch::stable::contiguous(b);
-        a.dtype = dtype_of(x);
-        a.batch = x.size(0), a.frames = x.size(1), a.channels = channels;
-        a.height = x.size(3), a.width = x.size(4), a.groups = groups;
-        a.x = clip(x);
-        a.weight = weight.const_data_ptr(), a.bias = bias.const_data_ptr();
+        describe(a, x, weight, bias, groups);
         a.silu = silu;
         if (x.numel() == 0) {
             return;
@@ -98,11 +82,7 @@ std::tuple<Tensor, Tensor, Tensor> clip_group_norm_backward(const Tensor& grad, 
                                                             const Tensor& bias, int64_t groups,
                                                             double eps, bool silu) {
     Call call(x, weight, bias, groups, eps, silu);
-    check_like(grad, x, "grad");
-    STD_TORCH_CHECK(grad.dim() == 5, "grad is [B, F, C, h, w]");
-    for (int64_t d = 0; d < 5; ++d) {
-        STD_TORCH_CHECK(grad.size(d) == x.size(d), "grad has another shape than x");
-    }
+    check_same(grad, x, "grad");
     Tensor dx = empty_contiguous_like(x), dweight = empty_contiguous_like(weight),
            dbias = empty_contiguous_like(bias);
     if (dx.numel() == 0) {

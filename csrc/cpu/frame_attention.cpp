@@ -172,17 +172,11 @@ std::tuple<Tensor, Tensor, Tensor> frame_attention_backward(
     const Tensor& v, const Tensor& row_ptr, const Tensor& segments, std::vector<int64_t> levels,
     int64_t h, int64_t w, std::optional<double> scale) {
     check_shapes(q, k, v);
-    check_like(grad, q, "grad");
-    for (int64_t d = 0; d < 5; ++d) {
-        STD_TORCH_CHECK(grad.dim() == 5 && grad.size(d) == q.size(d), "grad and q do not fit");
-    }
-    Tensor dq = empty_contiguous_like(q);
-    Tensor dk =
-        torch::stable::new_zeros(k, {k.size(0), k.size(1), k.size(2), k.size(3), k.size(4)});
-    Tensor dv =
-        torch::stable::new_zeros(v, {v.size(0), v.size(1), v.size(2), v.size(3), v.size(4)});
-    if (dq.numel() == 0) {
-        return {dq, dk, dv};
+    check_same(grad, q, "grad");
+    Tensor dq = empty_contiguous_like(q), dk = empty_contiguous_like(k);
+    Tensor dv = empty_contiguous_like(v);
+    if (dq.numel() == 0) {  // no queries: keys may be there
+        return {dq, torch::stable::zero_(dk), torch::stable::zero_(dv)};
     }
     FrameAttentionBackward a = {};
     Held held;

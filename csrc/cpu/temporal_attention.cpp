@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <initializer_list>
 
 #include "cpu/common/scratch.h"
 #include "cpu/common/tensor.h"
@@ -13,16 +12,6 @@ namespace {
 
 TemporalAttention::View view(const Tensor& x) {
     return {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2), x.stride(3), x.stride(4)};
-}
-
-void check_shapes(const Tensor& q, std::initializer_list<const Tensor*> others) {
-    STD_TORCH_CHECK(q.dim() == 5, "q is [B, F, N, H, D]");
-    for (const Tensor* x : others) {
-        check_like(*x, q, "k, v or grad");
-        STD_TORCH_CHECK(
-            std::equal(q.sizes().begin(), q.sizes().end(), x->sizes().begin(), x->sizes().end()),
-            "q, k, v and grad share one shape");
-    }
 }
 
 // The arguments; what the outputs are is left to say.
@@ -53,7 +42,8 @@ void each_task(const A& a, F run) {
 
 Tensor temporal_attention(const Tensor& q, const Tensor& k, const Tensor& v,
                           std::optional<double> scale) {
-    check_shapes(q, {&k, &v});
+    STD_TORCH_CHECK(q.dim() == 5, "q is [B, F, N, H, D]");
+    check_same(k, q, "k"), check_same(v, q, "v");
     Tensor out = empty_contiguous_like(q);
     if (out.numel() == 0) {
         return out;
@@ -76,7 +66,8 @@ Tensor temporal_attention(const Tensor& q, const Tensor& k, const Tensor& v,
 std::tuple<Tensor, Tensor, Tensor> temporal_attention_backward(const Tensor& grad, const Tensor& q,
                                                                const Tensor& k, const Tensor& v,
                                                                std::optional<double> scale) {
-    check_shapes(q, {&k, &v, &grad});
+    STD_TORCH_CHECK(q.dim() == 5, "q is [B, F, N, H, D]");
+    check_same(k, q, "k"), check_same(v, q, "v"), check_same(grad, q, "grad");
     Tensor dq = empty_contiguous_like(q), dk = empty_contiguous_like(k);
     Tensor dv = empty_contiguous_like(v);
     if (dq.numel() == 0) {

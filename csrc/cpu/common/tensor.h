@@ -6,6 +6,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <optional>
 
@@ -36,6 +37,14 @@ inline DType dtype_of(const Tensor& x) {
 inline void check_like(const Tensor& x, const Tensor& other, const char* what) {
     STD_TORCH_CHECK(x.is_cpu(), what, " is not on a CPU");
     STD_TORCH_CHECK(x.scalar_type() == other.scalar_type(), what, " has another dtype");
+}
+
+// Another of x's dtype and shape.
+inline void check_same(const Tensor& x, const Tensor& other, const char* what) {
+    check_like(x, other, what);
+    const auto sizes = x.sizes(), expected = other.sizes();
+    STD_TORCH_CHECK(std::equal(sizes.begin(), sizes.end(), expected.begin(), expected.end()), what,
+                    " has another shape");
 }
 
 // A new contiguous tensor of x's shape and dtype, not filled.

@@ -9,8 +9,8 @@ namespace {
 
 // Numbers p .. p + n of one channel's plane, in place where they are a dense run.
 template <typename T>
-const T* positions(const ClipGroupNorm& a, const ClipGroupNorm::Clip& clip, const T* plane,
-                   int64_t p, int64_t n, T* buffer) {
+const T* positions(const ClipGroupNorm& a, const Clip& clip, const T* plane, int64_t p, int64_t n,
+                   T* buffer) {
     if (a.dense(clip)) {
         return plane + p;
     }
@@ -84,7 +84,7 @@ struct Moments {
 
 // The first number of a task's group.
 template <typename T>
-const T* group_at(const ClipGroupNorm& a, const ClipGroupNorm::Clip& clip, int64_t task) {
+const T* group_at(const ClipGroupNorm& a, const Clip& clip, int64_t task) {
     const int64_t group = task % a.groups, frame = task / a.groups;
     return static_cast<const T*>(clip.data) + frame / a.frames * clip.batch +
            frame % a.frames * clip.frame + group * a.group_channels() * clip.channel;

@@ -2,6 +2,7 @@
 
 #include <cstdint>
 
+#include "cpu/common/clip.h"
 #include "cpu/common/dtype.h"
 #include "cpu/common/level.h"
 
@@ -9,11 +10,6 @@ namespace tvk {
 
 struct ClipGroupNorm {
     static constexpr int64_t BLOCK = 4096;  // numbers summed in float32 before they meet others
-
-    struct Clip {
-        const void* data;
-        int64_t batch, frame, channel, row, column;  // strides in elements
-    };
 
     DType dtype;
     int64_t batch, frames, channels, height, width, groups;

@@ -270,10 +270,31 @@ void head_backward(const TemporalAttentionBackward& a, Rows grad, Rows q, Rows k
     all_weighted<true>(shares, apart, frames, grad, frames, a.dim, dv, out_row);
 }
 
-template <typename T>
-const T* start(const TemporalAttention::View& x, int64_t b, int64_t n, int64_t h) {
-    return static_cast<const T*>(x.data) + b * x.batch + n * x.token + h * x.head;
-}
+// A group of heads at one token position.
+struct Task {
+    int64_t b, n, h, heads;  // the first head, and how many
+
+    Task(const TemporalAttention& a, int64_t task) : h(task % a.groups() * a.group) {
+        const int64_t position = task / a.groups(), left = a.heads - h;
+        n = position % a.tokens, b = position / a.tokens;
+        heads = left < a.group ? left : a.group;
+    }
+
+    // Its frames of one tensor: IN_PLACE where they can be, or else in `to`.
+    template <bool IN_PLACE, typename T>
+    Rows read(const TemporalAttention& a, const TemporalAttention::View& x, float* to) const {
+        const T* from = static_cast<const T*>(x.data) + b * x.batch + n * x.token + h * x.head;
+        const Rows rows =
+            IN_PLACE ? in_place(a, x, from, heads, to) : stage(a, x, from, heads, to);
+        prefetch(a, x, from);
+        return rows;
+    }
+
+    // Its first number in a contiguous result.
+    int64_t out(const TemporalAttention& a) const {
+        return ((b * a.frames * a.tokens + n) * a.heads + h) * a.dim;
+    }
+};
 
 template <typename T>
 void tasks(const TemporalAttention& a, int64_t begin, int64_t end, float* scratch) {
@@ -282,24 +303,14 @@ void tasks(const TemporalAttention& a, int64_t begin, int64_t end, float* scratc
     float* scores = q_t + padded(a.dim, 4) * temporal::MAX_WIDTH;
     // The frames and queries that fill the last vector are computed too, and must hold numbers.
     std::memset(scratch, 0, a.scratch_floats() * sizeof(float));
-    const int64_t out_row = a.tokens * a.heads * a.dim;
-    for (int64_t task = begin; task < end; ++task) {
-        const int64_t h = task % a.groups() * a.group, position = task / a.groups();
-        const int64_t n = position % a.tokens, b = position / a.tokens;
-        const int64_t left = a.heads - h, heads = left < a.group ? left : a.group;
-        const T *q_at = start<T>(a.q, b, n, h), *k_at = start<T>(a.k, b, n, h);
-        const T* v_at = start<T>(a.v, b, n, h);
-        const Rows k = stage(a, a.k, k_at, heads, k_to);
-        prefetch(a, a.k, k_at);
-        const Rows q = in_place(a, a.q, q_at, heads, q_to);
-        prefetch(a, a.q, q_at);
-        const Rows v = in_place(a, a.v, v_at, heads, v_to);
-        prefetch(a, a.v, v_at);
-        T* out = static_cast<T*>(a.out) + b * a.frames * out_row + (n * a.heads + h) * a.dim;
-        for (int64_t g = 0; g < heads; ++g) {
-            const int64_t at = g * a.dim;
+    for (int64_t i = begin; i < end; ++i) {
+        const Task task(a, i);
+        const Rows k = task.read<false, T>(a, a.k, k_to);
+        const Rows q = task.read<true, T>(a, a.q, q_to), v = task.read<true, T>(a, a.v, v_to);
+        T* out = static_cast<T*>(a.out) + task.out(a);
+        for (int64_t at = 0; at < task.heads * a.dim; at += a.dim) {
             head(a, {q.data + at, q.row}, {k.data + at, k.row}, {v.data + at, v.row}, q_t, scores,
-                 out + at, out_row);
+                 out + at, a.tokens * a.heads * a.dim);
         }
     }
 }
@@ -312,29 +323,16 @@ void tasks_backward(const TemporalAttentionBackward& a, int64_t begin, int64_t e
     float *v_to = k_to + tensor, *q_t = v_to + tensor;
     float* shares = q_t + padded(a.dim, 4) * temporal::MAX_WIDTH;
     float* slopes = shares + a.frames * padded(a.frames, temporal::MAX_WIDTH);
-    // As above.
-    std::memset(scratch, 0, a.scratch_floats() * sizeof(float));
-    const int64_t out_row = a.tokens * a.heads * a.dim;
-    for (int64_t task = begin; task < end; ++task) {
-        const int64_t h = task % a.groups() * a.group, position = task / a.groups();
-        const int64_t n = position % a.tokens, b = position / a.tokens;
-        const int64_t left = a.heads - h, heads = left < a.group ? left : a.group;
-        const T *grad_at = start<T>(a.grad, b, n, h), *q_at = start<T>(a.q, b, n, h);
-        const T *k_at = start<T>(a.k, b, n, h), *v_at = start<T>(a.v, b, n, h);
-        const Rows grad = stage(a, a.grad, grad_at, heads, grad_to);
-        prefetch(a, a.grad, grad_at);
-        const Rows q = stage(a, a.q, q_at, heads, q_to);
-        prefetch(a, a.q, q_at);
-        const Rows k = stage(a, a.k, k_at, heads, k_to);
-        prefetch(a, a.k, k_at);
-        const Rows v = stage(a, a.v, v_at, heads, v_to);
-        prefetch(a, a.v, v_at);
-        const int64_t out = b * a.frames * out_row + (n * a.heads + h) * a.dim;
-        for (int64_t g = 0; g < heads; ++g) {
-            const int64_t at = g * a.dim;
+    std::memset(scratch, 0, a.scratch_floats() * sizeof(float));  // as above
+    for (int64_t i = begin; i < end; ++i) {
+        const Task task(a, i);
+        const Rows grad = task.read<false, T>(a, a.grad, grad_to);
+        const Rows q = task.read<false, T>(a, a.q, q_to), k = task.read<false, T>(a, a.k, k_to);
+        const Rows v = task.read<false, T>(a, a.v, v_to);
+        for (int64_t at = 0; at < task.heads * a.dim; at += a.dim) {
             head_backward<T>(a, {grad.data + at, grad.row}, {q.data + at, q.row},
                              {k.data + at, k.row}, {v.data + at, v.row}, q_t, shares, slopes,
-                             out + at, out_row);
+                             task.out(a) + at, a.tokens * a.heads * a.dim);
         }
     }
 }

@@ -31,8 +31,7 @@ struct Task {
 
 // The clip's numbers of a task, [frames, group_channels, BLOCK] in float.
 template <typename T>
-void gather(const TemporalGroupNorm& a, const TemporalGroupNorm::Clip& clip, const Task& task,
-            float* to) {
+void gather(const TemporalGroupNorm& a, const Clip& clip, const Task& task, float* to) {
     const bool dense = clip.column == 1 && (clip.row == a.width || a.height == 1);
     const T* start = static_cast<const T*>(clip.data) + task.batch * clip.batch +
                      task.group * a.group_channels() * clip.channel;

@@ -2,6 +2,7 @@
 
 #include <cstdint>
 
+#include "cpu/common/clip.h"
 #include "cpu/common/dtype.h"
 #include "cpu/common/level.h"
 
@@ -10,11 +11,6 @@ namespace tvk {
 // A group norm of every position for itself, over a group's channels and the frames, and SiLU.
 struct TemporalGroupNorm {
     static constexpr int64_t BLOCK = 64;  // positions of a task
-
-    struct Clip {
-        const void* data;
-        int64_t batch, frame, channel, row, column;  // strides in elements
-    };
 
     DType dtype;
     int64_t batch, frames, channels, height, width, groups;

@@ -7,7 +7,7 @@ from tvkernels import _native
 
 def why_not(x, weight, bias, groups, eps, silu) -> list[str]:
     """Every reason against this call; empty if it runs."""
-    return _native.refuse("clip_group_norm", x, weight, bias)
+    return _native.refuse("clip_group_norm", x, weight, bias, backward="clip_group_norm_backward")
 
 
 def forward(x, weight, bias, groups, eps, silu):

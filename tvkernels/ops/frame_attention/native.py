@@ -11,7 +11,7 @@ from tvkernels import _native
 
 def why_not(q, k, v, row_ptr, segments, levels, h, w, scale, return_lse) -> list[str]:
     """Every reason against this call; empty if it runs."""
-    reasons = _native.refuse("frame_attention", q, k, v)
+    reasons = _native.refuse("frame_attention", q, k, v, backward="frame_attention_backward")
     if any(x.dtype != torch.int32 or x.device.type != "cpu" for x in (row_ptr, segments)):
         reasons.append("needs the pattern's table in int32 on the CPU")
     # Its speed over that of cpu, one core of an EPYC 9004, float32, own frame at 16 x 16 x 1280
@@ -29,11 +29,6 @@ def forward(q, k, v, row_ptr, segments, levels, h, w, scale, return_lse):
     """Shapes as in `tvkernels.frame_attention`."""
     ops, row_ptr, segments = _native.load("cpu"), row_ptr.contiguous(), segments.contiguous()
     return ops.frame_attention(q, k, v, row_ptr, segments, levels, h, w, scale, return_lse)
-
-
-def why_not_backward(q, *args) -> list[str]:
-    """A library of an earlier version has no backward."""
-    return _native.why_not("cpu", "frame_attention_backward")
 
 
 def backward(grads, q, k, v, row_ptr, segments, levels, h, w, scale, return_lse):

@@ -14,7 +14,10 @@ from tvkernels.ops.spectral_linear.reference import normalised
 
 def why_not(z, w_q, w_k, w_v, w_out, bias, sigma_v, sigma_out, heads) -> list[str]:
     """Every reason against this call; empty if it runs."""
-    return _native.refuse("shift_restricted_temporal_attention", z, w_q, w_k, w_v, w_out, bias)
+    tensors = (z, w_q, w_k, w_v, w_out, bias)
+    return _native.refuse(
+        "shift_restricted_temporal_attention", *tensors, backward="temporal_attention_backward"
+    )
 
 
 def forward(z, w_q, w_k, w_v, w_out, bias, sigma_v, sigma_out, heads):
@@ -22,11 +25,6 @@ def forward(z, w_q, w_k, w_v, w_out, bias, sigma_v, sigma_out, heads):
     w_v, w_out = normalised(w_v, sigma_v), normalised(w_out, sigma_out)
     ops = _native.load("cpu")
     return ops.shift_restricted_temporal_attention(z, w_q, w_k, w_v, w_out, bias, heads)
-
-
-def why_not_backward(*args) -> list[str]:
-    """Reasons against its gradients: those against temporal attention's."""
-    return OPS["temporal_attention"].backend("native").why_not_backward()
 
 
 def backward(grads, z, w_q, w_k, w_v, w_out, bias, sigma_v, sigma_out, heads):

@@ -7,17 +7,12 @@ from tvkernels import _native
 
 def why_not(q, k, v, scale) -> list[str]:
     """Every reason against this call; empty if it runs."""
-    return _native.refuse("temporal_attention", q, k, v)
+    return _native.refuse("temporal_attention", q, k, v, backward="temporal_attention_backward")
 
 
 def forward(q, k, v, scale):
     """Shapes as in `tvkernels.temporal_attention`; scores are never in memory."""
     return _native.load("cpu").temporal_attention(q, k, v, scale)
-
-
-def why_not_backward(*args) -> list[str]:
-    """A library of an earlier version has no backward."""
-    return _native.why_not("cpu", "temporal_attention_backward")
 
 
 def backward(grads, q, k, v, scale):

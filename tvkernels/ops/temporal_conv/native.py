@@ -11,7 +11,7 @@ def why_not(
 ) -> list[str]:
     """Every reason against this call; empty if it runs."""
     tensors = (x, weight, bias, norm_weight, norm_bias, residual)
-    return _native.refuse("temporal_group_norm", *tensors)
+    return _native.refuse("temporal_group_norm", *tensors, backward="temporal_group_norm_backward")
 
 
 def forward(x, weight, bias, norm_weight, norm_bias, residual, groups, eps, stride, frames):
