@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -44,7 +45,14 @@ def _draw(charts: Sequence[Dots | Bars | Curves], path: Path, pyplot) -> None:
         )
         for axis, chart in zip(axes.flat, charts, strict=False):
             {Dots: _dots, Bars: _bars, Curves: _curves}[type(chart)](chart, axis)
-            axis.set_title(chart.title, fontsize=10, loc="left", weight="bold")
+            said = textwrap.wrap(chart.description, 62)
+            axis.set_title(
+                chart.title, fontsize=10, loc="left", weight="bold", pad=6 + 10 * len(said)
+            )
+            axis.annotate(
+                "\n".join(said), (0, 1), (0, 4), "axes fraction", "offset points", fontsize=7.5,
+                color=PALE, annotation_clip=False,
+            )  # fmt: skip
             axis.spines[["top", "right", "left"]].set_visible(False)
             axis.tick_params(length=0, labelcolor=INK)
             axis.grid(axis="x", color="#e3e4e6", linewidth=0.8)
@@ -99,6 +107,13 @@ def _curves(chart: Curves, axis) -> None:
         axis.plot(*zip(*(p[:2] for p in points), strict=True), label=name, **look)
     axis.set_xscale("log")
     axis.set_yscale("log")
+    axis.minorticks_off()
+    points = [p for curve in chart.curves.values() for p in curve]
+    across = sorted({p[0] for p in points})
+    axis.set_xticks(across, [number(x) for x in across])
+    span = axis_of([p[1] for p in points], True)
+    axis.set_ylim(span.low, span.high)
+    axis.set_yticks(span.ticks(), [number(t) for t in span.ticks()])
     axis.set_xlabel(chart.across)
     axis.set_ylabel(chart.unit)
     axis.legend(frameon=False, fontsize=8)
