@@ -86,9 +86,9 @@ def quantiles(samples: Sequence[float]) -> tuple[float, float, float]:
 
 
 def seconds_of(call: Callable[[], Any], device: torch.device, repeats: int = 10) -> float:
-    """Median seconds of one call by itself, for the rates of the machine."""
+    """Least seconds of one call by itself: the rates of a machine are what it can do at most."""
     sweep = _sweep(Candidate("", [call], capturable=False), device)
-    return statistics.median(s for _ in range(repeats) for s in sweep.run())
+    return min(s for _ in range(repeats) for s in sweep.run())
 
 
 def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:

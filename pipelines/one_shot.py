@@ -384,11 +384,9 @@ class OneShotPipeline(DiffusionPipeline):
 
         With `tokens` and `levels`, the runner's, also their maps under the last text.
         """
+        looks |= {"cross_attention_kwargs": {"num_frames": len(latents)}, "return_dict": False}
         texts = text.split(1) if split else (text,)
-        parts = [
-            self.runner(latents.repeat(len(part), 1, 1, 1), time, part, return_dict=False, **looks)
-            for part in texts
-        ]
+        parts = [self.runner(latents, time, part, **looks) for part in texts]
         noise = torch.cat([part[0] for part in parts]) if split else parts[0][0]
         return noise, parts[-1][1] if parts[-1][1:] else None
 

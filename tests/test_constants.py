@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("diffusers")
@@ -11,6 +12,8 @@ pytest.importorskip("diffusers")
 from tiny_unets import assert_rounding, clip_inputs, tiny_unet
 
 from tvkernels import inflate
+from tvkernels.benchmarks.meter import Meter
+from tvkernels.nn.temporal_unet import TemporalUNet
 from tvkernels.recipes import EI2, FRAME_BY_FRAME, RECIPES, TUNE_A_VIDEO
 
 every_recipe = pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
@@ -148,10 +151,14 @@ def counted():
     assert shared.get_total_flops() - lean.get_total_flops() == 2 * per_image[0] + per_image[1]
     images = 50 * frames * (1 + 2)  # 50 steps of inversion, 50 of sampling with guidance
     step = lean.get_total_flops() // (2 * frames)
+    with FakeTensorMode(), torch.no_grad(), Meter() as branch:
+        net = TemporalUNet(4, unet.config.block_out_channels, 2, 32, 8)
+        net(torch.empty(1, frames, 4, 64, 64))
     return {
         "text": (per_image[0] * images, text_ours.get_total_flops()),
         "time": (per_image[1] * images, time_ours.get_total_flops()),
         "the inversion's guided half": (50 * frames * step, 0),
+        "TCVE's branch": (50 * (1 + 2) * branch.flops, 50 * (1 + 1) * branch.flops),
     }
 
 

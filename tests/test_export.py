@@ -133,6 +133,10 @@ def test_accelerate_takes_a_folder(path):
     runner = accelerate(handle.model, "onnx", folder=path("ei2").parents[1])
     low, exact = truth(handle, sample, time, text)
     assert_error_budget(runner(sample, time, text).sample, low, exact)
+    # One clip under both texts: the file takes it twice.
+    told = {"cross_attention_kwargs": {"num_frames": 3}}
+    both = runner(sample[:3].repeat(2, 1, 1, 1), time, text).sample
+    assert torch.equal(runner(sample[:3], time, text, **told).sample, both)
 
 
 def test_calls_that_do_not_fit_say_what_would(path):

@@ -10,7 +10,15 @@ from torch import nn
 
 pytest.importorskip("diffusers")
 
-from tiny_unets import TINY, assert_rounding, clip_inputs, run_clip, seeded, tiny_unet
+from tiny_unets import (
+    TINY,
+    assert_rounding,
+    clip_inputs,
+    one_level_unet,
+    run_clip,
+    seeded,
+    tiny_unet,
+)
 
 from tvkernels import inflate, load_published
 from tvkernels.benchmarks.reference.tcve import VideoUNet
@@ -19,6 +27,7 @@ from tvkernels.nn.temporal_unet import SpatialTemporalUnit, fuse, nearest
 from tvkernels.pipelines.cache import Cache
 from tvkernels.pipelines.tcve import TCVEPipeline
 from tvkernels.recipes import ABLATIONS, TCVE, TCVE_PAPER, TUNE_A_VIDEO
+from tvkernels.runtime import accelerate
 from tvkernels.runtime.files import describe_recipe
 from tvkernels.runtime.program import VideoStep, export_program, mixes_frames, shape_of
 
@@ -275,6 +284,32 @@ def test_copies_and_nothing_is_left_of_a_call(unet):
         assert torch.equal(run_clip(twin, *inputs, 5), expected)
     joint = next(iter(unet.conv_in._forward_hooks.values())).__self__
     assert joint.sample is None and not joint.features
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("tcve", {}), ("tcve-no-unit", {}), ("tcve-no-temporal-unet", {}),
+        pytest.param("tcve", {"backend": "compile", "compiler": "eager"}, marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
+def test_guidances_halves_share_what_reads_no_text(name, options):
+    """One clip under two texts is two clips that are the same, and the branch runs for one."""
+    unet, (sample, t, text) = one_level_unet(), clip_inputs(2, 5)
+    told = {"cross_attention_kwargs": {"num_frames": 5}, "return_dict": False}
+    torch._dynamo.reset()
+    with inflate(unet, ABLATIONS.get(name, TCVE), generator=seeded()):
+        net, clips = unet.temporal_unet, []
+        if net.branch:
+            run = net.forward
+            net.forward = lambda x: clips.append(len(x)) or run(x)
+        runner = accelerate(unet, **options)
+        different = runner(sample, t, text, **told)[0]
+        expected = runner(sample[:5].repeat(2, 1, 1, 1), t, text, **told)[0]
+        assert_rounding(runner(sample[:5], t, text, **told)[0], expected)
+        assert not torch.allclose(expected[5:], different[5:], atol=1e-3)
+        assert_rounding(runner(sample, t, text, **told)[0], different)  # and it is forgotten
+        assert not net.branch or set(clips) == {1, 2}
 
 
 @pytest.mark.slow

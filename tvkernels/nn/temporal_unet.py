@@ -114,7 +114,7 @@ class SpatialTemporalUnit(nn.Module):
             nn.init.zeros_(self.conv.bias)
 
     def forward(self, spatial: Tensor, temporal: Tensor) -> Tensor:
-        """Both [B, F, C, h, w], `temporal` of any number of frames -> [B, F, C, h, w]."""
+        """[B, F, C, h, w] and [B or 1, F', C, h, w], any F' -> [B, F, C, h, w]."""
         frames = spatial.shape[1]
         if frames % temporal.shape[1]:
             temporal = temporal[:, nearest(frames, temporal.shape[1], spatial.device)]
@@ -137,7 +137,7 @@ class Sum(nn.Module):
     """X_spa + X_tem, in place of a unit (table II)."""
 
     def forward(self, spatial: Tensor, temporal: Tensor) -> Tensor:
-        """Both [B, F, C, h, w], `temporal` of any number of frames -> [B, F, C, h, w]."""
+        """[B, F, C, h, w] and [B or 1, F', C, h, w], any F' -> [B, F, C, h, w]."""
         frames = spatial.shape[1]
         if frames % temporal.shape[1]:
             temporal = temporal[:, nearest(frames, temporal.shape[1], spatial.device)]
@@ -150,7 +150,7 @@ def nearest(length: int, real: int, device) -> Tensor:
 
 
 def fuse(spatial: Tensor, temporal: Tensor, weight: float) -> Tensor:
-    """spatial + weight * temporal, whose frames stand for as many of the other's each."""
+    """spatial + weight * temporal, whose clip and frames stand for as many of the other's each."""
     real = temporal.shape[1]
     parts = spatial.unflatten(1, (real, spatial.shape[1] // real))
     return torch.add(parts, temporal[:, :, None], alpha=weight).flatten(1, 2)
@@ -277,6 +277,7 @@ class Joint:
         if self.net.branch:
             if self.sample is not None:
                 sample, self.sample = self.clip.split(self.sample), None
-                self.features = self.net(sample)
+                # It reads no text: guidance's halves have the same features.
+                self.features = self.net(sample[:1] if self.clip.one_clip else sample)
             temporal, *self.features = self.features
         return self.net.run(unit, spatial, temporal).flatten(0, 1)

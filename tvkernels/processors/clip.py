@@ -20,12 +20,14 @@ class Clip:
         call_frames: frames per clip of the call under way.
         size: (h, w) of the call's latents, from which each layer's token grid follows.
         one_time: whether all images of the call under way are at one timestep.
+        one_clip: whether all clips of the call under way are the same, under other texts.
     """
 
     num_frames: int | None = None
     call_frames: int | None = None
     size: tuple[int, int] | None = None
     one_time: bool = False
+    one_clip: bool = False
 
     def frames(self, batch: int, num_frames: int | None = None) -> int:
         """Frames per clip in a batch.

@@ -105,10 +105,11 @@ class Handle:
             kwargs = {**dict(zip(self._parameters[first:], args[first:], strict=False)), **kwargs}
             args = args[:first]
         named = dict(kwargs.get("cross_attention_kwargs") or {})
-        frames = named.get("num_frames")
+        frames, one_clip = named.get("num_frames"), False
         if named:
             # Layers left alone would warn of keywords that they do not know.
             named.pop("num_frames", None)
+            one_clip = named.pop("one_clip", False)
             named = {n: v for n, v in named.items() if v is not None or n not in OPTIONAL}
             kwargs = {**kwargs, "cross_attention_kwargs": named or None}
         sample = args[0] if args else kwargs["sample"]
@@ -119,6 +120,7 @@ class Handle:
                 raise ValueError(f"the sample holds {frames} frames, num_frames says {told}")
         timestep = args[1] if len(args) > 1 else kwargs.get("timestep")
         self.clip.one_time = not isinstance(timestep, Tensor) or timestep.numel() == 1
+        self.clip.one_clip = one_clip
         self.clip.call_frames, self.clip.size = frames, (sample.shape[-2], sample.shape[-1])
         if sample.dim() == 4:
             self.clip.frames(sample.shape[0])

@@ -282,7 +282,7 @@ class Account:
         return tiled
 
     def _call(self, sample: Tensor, time: Tensor, text: Tensor, **inputs) -> Tensor:
-        told = {"num_frames": self.frames, "tables": self._tables}
+        told = {"num_frames": self.frames, "one_clip": True, "tables": self._tables}
         return self.unet(
             sample, time, text, cross_attention_kwargs=told, return_dict=False, **inputs
         )[0]

@@ -66,7 +66,8 @@ class VideoStep(nn.Module):
         """The noise [B * F, 4, h, w]; with `tokens` also their maps, see `TokenMaps.mean`.
 
         Args:
-            sample: [B * F, 4, h, w], all frames of a clip together, or [B, F, 4, h, w].
+            sample: [B * F, 4, h, w], all frames of a clip together, or [B, F, 4, h, w]; or
+                [1, F, 4, h, w], one clip under B texts.
             timestep: [], or a row [1, T] of `InflatedHandle.project_time`.
             encoder_hidden_states: [B, L, C] text states, or [B, L, P] of
                 `InflatedHandle.project_text`.
@@ -74,8 +75,11 @@ class VideoStep(nn.Module):
             tokens, levels: of `TokenMaps`.
         """
         # Sizes are never divided: products alone stay simple where they are symbols.
+        one_clip = False
         if self.frames is None:
-            frames, sample = sample.shape[1], sample.flatten(0, 1)
+            frames, clips = sample.shape[1], encoder_hidden_states.shape[0]
+            one_clip = sample.shape[0] != clips
+            sample = sample.expand(clips, *sample.shape[1:]).flatten(0, 1)
         else:
             frames = self.frames
             sample = sample.reshape(encoder_hidden_states.shape[0] * frames, *sample.shape[1:])
@@ -88,6 +92,7 @@ class VideoStep(nn.Module):
             timestep_cond=timestep if known else None,
             cross_attention_kwargs={
                 "num_frames": frames,
+                "one_clip": one_clip,
                 "tables": self.tables if tables is None else tables,
                 "maps": maps,
             },

@@ -128,11 +128,12 @@ class Runner:
         """The noise in `sample`, in diffusers' form.
 
         Args:
-            sample: [B * F, 4, h, w].
+            sample: [B * F, 4, h, w]; or [F, 4, h, w], one clip under every text, where
+                `cross_attention_kwargs` tells F.
             timestep: a number, or one of `times`.
             encoder_hidden_states: [B, L, C], or [B, L, P] of `text`.
-            cross_attention_kwargs: nothing but {"num_frames": F}, which the batch of the text
-                tells already.
+            cross_attention_kwargs: nothing but {"num_frames": F}, which for whole clips the batch
+                of the text tells already.
             tables: compiled patterns in place of the recipe's, `Handle.tables`; eager, compile
                 and cuda_graph alone.
             tokens: int64 [T], positions in the text whose maps are asked for too; `MAPPING` alone,
@@ -149,11 +150,13 @@ class Runner:
         strange = set(cross_attention_kwargs or {}) - {"num_frames"}
         if strange:
             raise ValueError(f"a runtime cannot honour cross_attention_kwargs {sorted(strange)}")
-        if clips * frames != images:
+        if images not in (clips * frames, frames):
             raise ValueError(
                 f"{images} images are not {clips} clips of {frames} frames: text is [B, L, C] for "
                 "a batch of [B * F, ...]"
             )
+        if images != clips * frames and not self._module.LIVE:
+            sample = sample.repeat(clips, 1, 1, 1)
         timestep = torch.as_tensor(timestep, device=sample.device)
         timestep = timestep if timestep.dim() == 2 else timestep.reshape(())
         text = encoder_hidden_states.to(sample.dtype)
@@ -167,7 +170,7 @@ class Runner:
             )
         step = self._step(sample, timestep, text, frames)
         if self._module.LIVE:
-            sample = sample.unflatten(0, (clips, frames))
+            sample = sample.unflatten(0, (images // frames, frames))
         if tokens is not None:
             return step(sample, timestep, text, tables, tokens, levels)
         if tables is None:
