@@ -137,7 +137,7 @@ class OneShotPipeline(DiffusionPipeline):
         before, self._runtime = self._runtime, (runtime, options)
         try:
             self._start_runtime()
-        except Exception:
+        except BaseException:
             self._runtime = before
             raise
         return self
