@@ -15,7 +15,7 @@ else:
 
     tvkernels.__path__.append(str(folder.parent))  # where tvkernels.benchmarks lies in a checkout
 
-from tvkernels.benchmarks.gpu import main
+from tvkernels.benchmarks.ops.gpu import main
 
 if __name__ == "__main__":
     sys.exit(main(again=again))

@@ -38,7 +38,7 @@ def quality(
     seed: Annotated[int, typer.Option(min=0, help="Of everything drawn.")] = 0,
 ) -> None:
     """Measure edits of held-out scenes against the exact truth, with confidence intervals."""
-    from tvkernels.benchmarks.quality import run
+    from tvkernels.benchmarks.edits.quality import run
 
     numbers = {
         "steps": steps, "tune_steps": tune_steps, "learning_rate": learning_rate,
@@ -78,7 +78,7 @@ def ops(
 
     The exit status is 1 where a result is wrong; a wrong one is not timed.
     """
-    from tvkernels.benchmarks import run as measure
+    from tvkernels.benchmarks.ops import run as measure
 
     try:
         rows = measure.run(
@@ -102,11 +102,11 @@ def report(
     ] = None,
 ) -> None:
     """Make the table and the picture of measured ops: time against the limit, and memory."""
-    from tvkernels.benchmarks import report as reports
-    from tvkernels.benchmarks.run import RESULTS
+    from tvkernels.benchmarks.ops import report as reports
+    from tvkernels.benchmarks.ops.run import ROWS
 
     try:
-        reports.write(results or RESULTS, output, say)
+        reports.write(results or ROWS, output, say)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
@@ -162,9 +162,9 @@ def pipelines(
 
     The exit status is 1 where a result is wrong; a wrong one is not timed.
     """
-    from tvkernels.benchmarks import pipeline_tables
-    from tvkernels.benchmarks import pipelines as measure
-    from tvkernels.benchmarks.steps import PROVIDERS, STEPS
+    from tvkernels.benchmarks.edits import pipelines as measure
+    from tvkernels.benchmarks.edits.steps import PROVIDERS, STEPS
+    from tvkernels.benchmarks.report import pipeline_tables
 
     rows = measure.run(
         method, frames or (8,), [_height_width(text) for text in size or ()], phase or STEPS,
@@ -200,7 +200,7 @@ def memory(
     output: Appended = None,
 ) -> None:
     """Account for what Stable Diffusion 1.5 holds at 512 x 512, and for the longest clips."""
-    from tvkernels.benchmarks import footprint
+    from tvkernels.benchmarks.edits import footprint
 
     rows = footprint.run(
         method, frames or (8, 24), dtype or ("float32", "bfloat16"), checkpointing=checkpointing,

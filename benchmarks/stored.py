@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tvkernels.benchmarks import RESULTS
 from tvkernels.video import VideoError, check_output
-
-RESULTS = Path(__file__).resolve().parent / "results"
 
 
 @dataclass(frozen=True)
@@ -47,12 +46,12 @@ SOURCES = {
     ),
     "native": Source(
         "native CPU kernels",
-        "python -m tvkernels.benchmarks.native",
+        "python -m tvkernels.benchmarks.ops.native",
         ("device", "op", "variant", "side", "channels"),
     ),
     "runtimes": Source(
         "one sampling step under every runtime",
-        "python -m tvkernels.benchmarks.runtimes",
+        "python -m tvkernels.benchmarks.edits.runtimes",
         ("device", "method", "runtime", "frames", "size"),
     ),
     "edits": Source(
@@ -65,7 +64,9 @@ SOURCES = {
         "tvk bench quality --first 20 --scenes 20",
         ("method", "scene", "settings"),
     ),
-    "atlas": Source("layered atlases", "python -m tvkernels.benchmarks.atlas", ("device", "clip")),
+    "atlas": Source(
+        "layered atlases", "python -m tvkernels.benchmarks.edits.atlas", ("device", "clip")
+    ),
     "demo": Source("the demo's clips", "make demo", ("method", "source")),
 }
 

@@ -102,7 +102,7 @@ def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
         del kept
         return torch.cuda.max_memory_allocated(device) - before
     activities = [torch.profiler.ProfilerActivity.CPU]
-    with _quiet(), torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+    with quiet(), torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         kept = call()
     del kept
     now = most = 0
@@ -115,7 +115,7 @@ def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Nothing on standard error: the profiler tells its stages there, and the variable that stops
     it is read when torch is imported.
     """

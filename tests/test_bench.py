@@ -14,19 +14,8 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from tvkernels import _native
 from tvkernels._dispatch import OPS
-from tvkernels.benchmarks import (
-    cases,
-    checks,
-    dense,
-    flex,
-    gate,
-    gpu,
-    limits,
-    report,
-    rivals,
-    run,
-    timing,
-)
+from tvkernels.benchmarks import cases, limits, timing
+from tvkernels.benchmarks.ops import checks, dense, flex, gate, gpu, report, rivals, run
 from tvkernels.ops import NAMES, specs
 from tvkernels.testing.calls import tensors
 

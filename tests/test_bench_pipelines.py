@@ -17,19 +17,10 @@ from test_inflate import SD15
 from tiny_unets import TINY
 
 from tvkernels import FramePattern, frame_attention
-from tvkernels.benchmarks import (
-    footprint,
-    meter,
-    models,
-    pipeline_tables,
-    pipelines,
-    reference,
-    scaling,
-    steps,
-    timing,
-    turns,
-)
+from tvkernels.benchmarks import reference, timing
+from tvkernels.benchmarks.edits import footprint, meter, models, pipelines, scaling, steps, turns
 from tvkernels.benchmarks.reference import loop
+from tvkernels.benchmarks.report import pipeline_tables
 from tvkernels.config import ConfigError
 from tvkernels.recipes import EI2, FRAME_BY_FRAME, RECIPES
 from tvkernels.runtime.memory import Account

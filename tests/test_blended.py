@@ -439,7 +439,7 @@ def test_the_command_refuses_in_one_line(tvk, place, changes, says):
 
 def test_the_benchmarks_ablations_are_the_papers():
     pytest.importorskip("rich")
-    from tvkernels.benchmarks import quality
+    from tvkernels.benchmarks.edits import quality
 
     names = ["no-mask", "true-mask", "random-background", "own-frame"]
     found = quality.entrants(["blended-diffusion"], True)
@@ -462,7 +462,7 @@ def test_the_masks_iou_is_of_all_that_an_edit_must_cover():
 
 @pytest.mark.slow
 def test_every_ablation_runs_and_is_measured(tmp_path, place, monkeypatch):
-    from tvkernels.benchmarks import quality
+    from tvkernels.benchmarks.edits import quality
 
     monkeypatch.setattr(quality, "MODEL_DIR", place[0] / "model")
     rows = quality.run(

@@ -12,7 +12,7 @@ pytest.importorskip("diffusers")
 from tiny_unets import assert_rounding, clip_inputs, tiny_unet
 
 from tvkernels import inflate
-from tvkernels.benchmarks.meter import Meter
+from tvkernels.benchmarks.edits.meter import Meter
 from tvkernels.nn.temporal_unet import TemporalUNet
 from tvkernels.recipes import EI2, FRAME_BY_FRAME, RECIPES, TUNE_A_VIDEO
 

@@ -14,9 +14,10 @@ import tvkernels
 from tvkernels import FramePattern, _ranges
 from tvkernels._dispatch import OPS
 from tvkernels._ranges import each_step, on, span
-from tvkernels.benchmarks import gpu, profile_nsight
 from tvkernels.benchmarks.limits import Rates
-from tvkernels.benchmarks.profile_counts import Counting, work
+from tvkernels.benchmarks.ops import gpu
+from tvkernels.benchmarks.profiling import nsight
+from tvkernels.benchmarks.profiling.counts import Counting, work
 from tvkernels.ops import NAMES, specs
 from tvkernels.processors import FrameAttnProcessor
 from tvkernels.testing.calls import build, registered_arguments
@@ -320,9 +321,9 @@ def test_a_folder_that_cannot_be_written_is_one_line(tvk, tmp_path):
 
 
 def test_nsight_is_left_out_in_one_line(monkeypatch):
-    assert profile_nsight.why_not(CPU) == "it is for CUDA devices"
+    assert nsight.why_not(CPU) == "it is for CUDA devices"
     monkeypatch.setenv("PATH", "/nowhere")
-    assert profile_nsight.why_not(torch.device("cuda")) == "nsys is not on PATH"
+    assert nsight.why_not(torch.device("cuda")) == "nsys is not on PATH"
 
 
 def test_nsight_runs_the_sampling_step(tmp_path, monkeypatch):
@@ -335,21 +336,21 @@ def test_nsight_runs_the_sampling_step(tmp_path, monkeypatch):
     fake.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     plan = gpu.Plan(CPU, ["latent_blend"], 1, tmp_path, ["echo"])
-    line = gpu.nsight(plan)
-    report = tmp_path / profile_nsight.NAME
+    line = gpu.traced(plan)
+    report = tmp_path / nsight.NAME
     assert line == f"Nsight Systems: the report is {report}"
     assert report.read_text().split()[:3] == ["--step", "sample", "--device"]
     fake.write_text("#!/bin/sh\necho no licence >&2; exit 1\n")
-    assert gpu.nsight(plan) == "Nsight Systems: no report: no licence"
+    assert gpu.traced(plan) == "Nsight Systems: no report: no licence"
     assert not report.exists()
 
 
 def test_every_op_in_turn_where_diffusers_is_missing(nvtx, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "tvkernels.edit", None)
-    profile_nsight.sample(CPU, ["latent_blend", "instance_center"])
+    nsight.sample(CPU, ["latent_blend", "instance_center"])
     assert "every op in turn" in capsys.readouterr().out
     ops = [(2, "op", "latent_blend", None), (2, "op", "instance_center", None)]
     expected = [(0, "method", "ops", None)]
-    for number in range(profile_nsight.STEPS):
+    for number in range(nsight.STEPS):
         expected += [(1, "step", "step", number), *ops]
     assert nvtx.seen == expected

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from tvkernels.benchmarks import quality
+from tvkernels.benchmarks.edits import quality
 from tvkernels.config import ConfigError
 from tvkernels.demo import MODEL_DIR, measure, run
 from tvkernels.demo.settings import OVERRIDES

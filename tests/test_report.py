@@ -14,9 +14,11 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
-from tvkernels.benchmarks import charts, figures, markup, page, publish, stored, tables
-from tvkernels.benchmarks.charts import Axis, Dots, Lane, Mark
+from tvkernels.benchmarks import stored
+from tvkernels.benchmarks.report import charts, figures, markup, page, plots, publish, tables
+from tvkernels.benchmarks.report.charts import Axis, Dots, Lane, Mark
 from tvkernels.cli import main
 
 ROOT = Path(__file__).parents[1]
@@ -71,6 +73,17 @@ def test_the_readme_is_of_the_stored_rows(results):
     text = (ROOT / "README.md").read_text()
     assert tables.MARKED.search(text), "the README has no marked table"
     assert tables.update(text, results) == text, f"the README's tables are old: {publish.COMMAND}"
+
+
+def test_the_pictures_are_of_the_stored_rows(results):
+    """Without matplotlib: each holds a digest of what it shows."""
+    for name, found in figures.all_figures(results).items():
+        path = ROOT / "docs" / f"{name}.png"
+        assert path.is_file() == bool(found), path.name
+        if found:
+            shown = Image.open(path).info.get("Comment")
+            told = f"{path.name} is old: {publish.COMMAND}, with matplotlib (the extra bench)"
+            assert shown == plots.content([f.chart for f in found]), told
 
 
 def test_the_page_is_whole_and_links_to_its_rows():

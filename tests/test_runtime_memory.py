@@ -19,8 +19,8 @@ from test_inflate import SD15
 import tvkernels.edit
 from tvkernels import FramePattern, frame_attention
 from tvkernels._dispatch import OPS
-from tvkernels.benchmarks.models import SD15_TEXT as TEXT
-from tvkernels.benchmarks.models import SD15_VAE as VAE
+from tvkernels.benchmarks.edits.models import SD15_TEXT as TEXT
+from tvkernels.benchmarks.edits.models import SD15_VAE as VAE
 from tvkernels.config import ConfigError, EditSettings, parse_bytes
 from tvkernels.demo import MODEL_DIR
 from tvkernels.demo.world import edit_pair

@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("triton")
 
 from tvkernels._triton import configs
-from tvkernels.benchmarks import tune
+from tvkernels.benchmarks.ops import tune
 
 
 def test_neighbours_differ_in_one_constant():
@@ -40,7 +40,7 @@ def test_an_override_and_what_was_asked():
 
 
 def test_a_measured_entry_comes_first_and_replaces_its_predecessor(tmp_path, monkeypatch):
-    monkeypatch.setattr(tune, "__file__", str(tmp_path / "benchmarks" / "tune.py"))
+    monkeypatch.setattr(tune, "__file__", str(tmp_path / "benchmarks" / "ops" / "tune.py"))
     folder = tmp_path / "tvkernels" / "ops" / "instance_center"
     folder.mkdir(parents=True)
     path = folder / "configs.json"

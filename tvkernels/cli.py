@@ -15,8 +15,8 @@ import tvkernels
 from tvkernels import BackendError
 from tvkernels._console import UNEXPECTED, console, say
 from tvkernels.benchmarks.commands import bench
-from tvkernels.benchmarks.profile_command import profile_command
-from tvkernels.benchmarks.publish import report
+from tvkernels.benchmarks.profiling.command import profile_command
+from tvkernels.benchmarks.report.publish import report
 from tvkernels.config import ConfigError, read_config, resolve
 from tvkernels.pipelines import METHODS
 from tvkernels.pipelines.checks import ModelError

@@ -13,8 +13,6 @@ from tvkernels.video._files import VideoError, need
 if TYPE_CHECKING:
     import numpy as np
 
-METHODS = ("dis", "farneback")
-
 # A flow is believed where going there and back ends within a pixel, or a tenth of the way.
 ROUND_TRIP, ROUND_TRIP_SHARE = 1.0, 0.1
 # A flow explains a pixel where the frame it leads to is within so many levels of gray. Where it
@@ -75,7 +73,7 @@ def optical_flow(frames: np.ndarray, method: str = "dis") -> Flow:
     empty = np.zeros((0, *frames.shape[1:3], 2), np.float32)
     if not pairs:
         return Flow(empty, empty, np.zeros(empty.shape[:3], bool))
-    compute = _dis(cv2) if method == "dis" else _farneback(cv2)
+    compute = METHODS[method](cv2)
     forward = np.stack([compute(a, b) for a, b in pairs])
     backward = np.stack([compute(b, a) for a, b in pairs])
     trusted = np.stack(
@@ -111,6 +109,10 @@ def _dis(cv2):
 
 def _farneback(cv2):
     return lambda a, b: cv2.calcOpticalFlowFarneback(a, b, None, 0.5, 3, 15, 3, 5, 1.2, 0)
+
+
+# OpenCV -> two gray frames -> flow from the first to the second.
+METHODS = {"dis": _dis, "farneback": _farneback}
 
 
 def _agree(there: np.ndarray, back: np.ndarray) -> np.ndarray:

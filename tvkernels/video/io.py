@@ -174,7 +174,7 @@ def _checked(frames) -> np.ndarray:
         if len({picture.shape for picture in pictures}) > 1:
             raise VideoError("frames must all be of one size")
         array = np.stack(pictures) if pictures else np.empty(0)
-    _check_frames(array)
+    check_frames(array)
     return np.ascontiguousarray(array)
 
 
@@ -183,7 +183,7 @@ def _checked_one_by_one(frames: Iterator) -> Iterator[np.ndarray]:
     np = need("numpy")
     first = next(frames, None)
     first = np.empty(0) if first is None else np.asarray(first)[None]
-    _check_frames(first)
+    check_frames(first)
 
     def rest() -> Iterator[np.ndarray]:
         yield np.ascontiguousarray(first[0])
@@ -191,13 +191,14 @@ def _checked_one_by_one(frames: Iterator) -> Iterator[np.ndarray]:
             frame = np.asarray(frame)
             if frame.shape != first.shape[1:]:
                 raise VideoError("frames must all be of one size")
-            _check_frames(frame[None])
+            check_frames(frame[None])
             yield np.ascontiguousarray(frame)
 
     return rest()
 
 
-def _check_frames(array: np.ndarray) -> None:
+def check_frames(array: np.ndarray) -> None:
+    """Raises VideoError unless it is uint8 [F, H, W, 3] with a frame at least."""
     np = need("numpy")
     if array.ndim != 4 or array.shape[-1] != 3 or array.dtype != np.uint8 or not array.size:
         raise VideoError(

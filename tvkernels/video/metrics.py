@@ -34,7 +34,7 @@ from tvkernels.video._metric_formulas import (
     text_cosine,
 )
 from tvkernels.video._metric_models import BATCH, ROLES, ImageFeatures, Models
-from tvkernels.video.io import _check_frames
+from tvkernels.video.io import check_frames
 
 if TYPE_CHECKING:
     import numpy as np
@@ -156,7 +156,7 @@ class Measurement:
 
 def _frames(frames: np.ndarray) -> np.ndarray:
     frames = need("numpy").ascontiguousarray(frames)
-    _check_frames(frames)
+    check_frames(frames)
     return frames
 
 
@@ -170,7 +170,7 @@ def opencv_flow(method: str) -> Callable[[np.ndarray], Tensor]:
         cv2 = flows.opencv()
         if min(frames.shape[1:3]) < 16:
             raise MetricError("optical flow needs frames of 16 pixels on a side at least")
-        compute = {"dis": flows._dis, "farneback": flows._farneback}[method](cv2)
+        compute = flows.METHODS[method](cv2)
         gray = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in frames]
         return torch.stack([torch.from_numpy(compute(*pair)) for pair in itertools.pairwise(gray)])
 

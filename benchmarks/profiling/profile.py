@@ -17,8 +17,8 @@ import torch
 from tvkernels import _ranges
 from tvkernels.benchmarks import machine
 from tvkernels.benchmarks.limits import measure_rates
-from tvkernels.benchmarks.profile_counts import Counting, Group
-from tvkernels.benchmarks.timing import _quiet
+from tvkernels.benchmarks.profiling.counts import Counting, Group
+from tvkernels.benchmarks.timing import quiet
 from tvkernels.config import EMBEDDED, ConfigError
 from tvkernels.demo import MODEL_DIR
 from tvkernels.demo.world import edit_pair
@@ -186,7 +186,7 @@ def record(run: Callable[[], None], device: torch.device) -> tuple:
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with _quiet(), torch.profiler.profile(activities=activities, record_shapes=True) as profiler:
+    with quiet(), torch.profiler.profile(activities=activities, record_shapes=True) as profiler:
         seconds = _seconds(run, device)
     return seconds, profiler.events(), profiler
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from tvkernels.benchmarks.quality import MEASURES, differences, interval
+from tvkernels.benchmarks.edits.quality import MEASURES, differences, interval
 from tvkernels.benchmarks.stored import newest
 
 Results = dict[str, list[dict]]
@@ -299,7 +299,7 @@ def steps(results: Results, model: str = "half-sd") -> Table:
             for measure in ("seconds", "peak_bytes")
             for phase in phases
         ]
-        found.append([f"{method}, {frames} frames", *cells])
+        found.append([f"{method}, {frames} frame{'s' * (frames > 1)}", *cells])
     titles = [f"{kind}, {phase}" for kind in ("time", "memory") for phase in phases]
     return Table(["math / SDPA, times ours", *titles], found, rows)
 

@@ -10,7 +10,7 @@ import typer
 from tvkernels._console import say
 from tvkernels.config import ConfigError
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 COMMAND = "tvk report -o docs/report.html --readme"
 # In a checkout. Beside them `--demo` takes what `tvk demo` wrote.
 CLIPS = ROOT / "docs" / "clips"
@@ -40,10 +40,11 @@ def report(
 
     The page needs no network: pictures and clips are in it. The plots need matplotlib.
     """
-    from tvkernels.benchmarks import page, plots, stored, tables
+    from tvkernels.benchmarks import RESULTS, stored
+    from tvkernels.benchmarks.report import page, plots, tables
     from tvkernels.video import atomic_path, check_output
 
-    folder = results or stored.RESULTS
+    folder = results or RESULTS
     if not folder.is_dir():
         raise ConfigError(f"no folder {folder}: name one with --results")
     check_output(output, (".html",))
@@ -70,7 +71,7 @@ def media(demo: Path | None = None):
     Raises:
         ValueError: the folder is none that `tvk demo` wrote.
     """
-    from tvkernels.benchmarks.markup import Media, device, scenes
+    from tvkernels.benchmarks.report.markup import Media, device, scenes
 
     if demo is None:
         sheets = [(caption, path) for caption, path in SHEETS.items() if path.is_file()]

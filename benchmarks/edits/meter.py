@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from tvkernels._dispatch import OPS
-from tvkernels.benchmarks import steps as phases
+from tvkernels.benchmarks.edits import steps as phases
 from tvkernels.runtime import memory
 
 RESET, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
@@ -179,7 +179,7 @@ def resident_peak(job: dict) -> int | None:
         return None
     # Large blocks go back when they are freed, so that the peak is that of what lives.
     env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
-    command = [sys.executable, "-m", "tvkernels.benchmarks.meter", json.dumps(job)]
+    command = [sys.executable, "-m", "tvkernels.benchmarks.edits.meter", json.dumps(job)]
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     return int(done.stdout.split()[-1]) if done.returncode == 0 else None
 
@@ -189,7 +189,7 @@ def phase_once(
     frames: int, size: tuple[int, int], steps: int, tune_steps: int, threads: int,
 ) -> int:  # fmt: skip
     """Runs one phase of one provider and returns the resident peak of this process meanwhile."""
-    from tvkernels.benchmarks import models
+    from tvkernels.benchmarks.edits import models
 
     torch.set_num_threads(threads)
     pipe = models.load(method, model, backend=backend, dtype=dtype)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from tvkernels.benchmarks.scaling import Curve, curves
+from tvkernels.benchmarks.edits.scaling import Curve, curves
 
 BASE = ("ours", "eager")
 LEFT = {"title_justify": "left"}

@@ -1,12 +1,11 @@
-"""What an atlas costs and gives back: `python -m tvkernels.benchmarks.atlas [CLIP FRAMES SIZE]`.
+"""What an atlas costs and gives back.
 
-Without a clip, the first held-out scenes of the shapes world, with their true masks. Rows go to
-results/atlas.jsonl.
+`python -m tvkernels.benchmarks.edits.atlas [CLIP FRAMES SIZE]`: without a clip, the first held-out
+scenes of the shapes world, with their true masks. Rows go to results/atlas.jsonl.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from pathlib import Path
@@ -15,11 +14,11 @@ import torch
 
 from tvkernels.atlas import AtlasSettings, train_atlas
 from tvkernels.atlas.train import psnr
-from tvkernels.benchmarks import machine
+from tvkernels.benchmarks import RESULTS, machine, stored
 from tvkernels.demo.world import edit_pair
 from tvkernels.video import read_video
 
-RESULTS = Path(__file__).parent / "results" / "atlas.jsonl"
+ROWS = RESULTS / "atlas.jsonl"
 SCENES = 3
 
 
@@ -35,8 +34,7 @@ def main(argv: list[str]) -> int:
     for name, (frames, masks) in clips.items():
         row = measure(name, frames, masks)
         print(row, flush=True)
-        with open(RESULTS, "a") as file:
-            file.write(json.dumps(row) + "\n")
+        stored.append(ROWS, row)
     return 0
 
 

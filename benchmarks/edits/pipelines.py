@@ -15,16 +15,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tvkernels.benchmarks import machine, meter, models, steps
-from tvkernels.benchmarks.run import ABSENT, SKIPPED, TIMED, WRONG
+from tvkernels.benchmarks import RESULTS, machine
+from tvkernels.benchmarks.edits import meter, models, steps
+from tvkernels.benchmarks.edits.turns import Turns, ratio, take_turns
+from tvkernels.benchmarks.ops.run import ABSENT, SKIPPED, TIMED, WRONG
 from tvkernels.benchmarks.stored import kept
 from tvkernels.benchmarks.timing import peak_bytes, quantiles
-from tvkernels.benchmarks.turns import Turns, ratio, take_turns
 from tvkernels.config import EMBEDDED, ConfigError
 from tvkernels.pipelines import METHODS
 from tvkernels.runtime import BACKENDS
 
-RESULTS = Path(__file__).resolve().parent / "results" / "pipelines.jsonl"
+ROWS = RESULTS / "pipelines.jsonl"
 # Distance from ours at most, over the distance that the phase goes. EI2 on the embedded model, two
 # frames of 64 x 64: a step of inversion 1.2e-4, of sampling 4.2e-4, where it goes least (t = 1),
 # and two of tuning 4.4e-4; AdamW's first steps have the gradients' signs, of zeros as well.
@@ -113,7 +114,7 @@ def run(
     if any(number < 1 for number in (*frames, *itertools.chain(*(sizes or ())))):
         raise ConfigError("frames and sizes are numbers above zero")
     models.check(settings.model)
-    output = RESULTS if output is None else output
+    output = ROWS if output is None else output
     found = itertools.chain.from_iterable(
         measure(method, frames, sizes, phases, providers, runtimes, settings)
         for method in dict.fromkeys(methods)

@@ -19,6 +19,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from tvkernels.benchmarks import RESULTS
 from tvkernels.benchmarks.machine import commit, today
 from tvkernels.benchmarks.stored import append
 from tvkernels.config import ConfigError
@@ -33,7 +34,7 @@ from tvkernels.pipelines.cache import Cache
 from tvkernels.recipes import ABLATIONS, RECIPES, Recipe
 from tvkernels.video import check_output
 
-RESULTS = Path(__file__).resolve().parent / "results" / "quality.jsonl"
+ROWS = RESULTS / "quality.jsonl"
 RESAMPLES = 10_000
 OWN_FRAME = replace(RECIPES["blended-diffusion"], name="own-frame", pattern=FramePattern.own())
 
@@ -151,7 +152,7 @@ def run(
         ConfigError: unknown method.
         VideoError: the file cannot be written.
     """
-    scenes, output = list(scenes), RESULTS if output is None else output
+    scenes, output = list(scenes), ROWS if output is None else output
     line_up = entrants(methods, ablation)
     check_output(output, (".jsonl",))
     kept = {_key(row): row for row in read_rows(output)} if resume else {}

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from tvkernels._dispatch import BACKENDS
-from tvkernels.benchmarks import checks, machine, rivals
+from tvkernels.benchmarks import RESULTS, machine
 from tvkernels.benchmarks.cases import (
     DTYPES,
     STAND_IN,
@@ -28,11 +28,12 @@ from tvkernels.benchmarks.cases import (
     number_of_sets,
 )
 from tvkernels.benchmarks.limits import Rates, limit, measure_rates
+from tvkernels.benchmarks.ops import checks, rivals
 from tvkernels.benchmarks.timing import Candidate, interleave, peak_bytes
 from tvkernels.testing.calls import leaves, tensors
 from tvkernels.testing.spec import OpSpec
 
-RESULTS = Path(__file__).resolve().parent / "results" / "ops.jsonl"
+ROWS = RESULTS / "ops.jsonl"
 # What became of a provider. "lossy" missed the budget as its kind does, and is timed all the same.
 TIMED, LOSSY, WRONG, CANNOT, ABSENT, SKIPPED = (
     "timed", "lossy", "wrong", "cannot", "absent", "skipped",
@@ -103,7 +104,7 @@ def run(
             raise ValueError(f"unknown dtype {name!r}: use one of {', '.join(DTYPES)}")
     if not chosen:
         raise ValueError("none of these ops has gradients: leave out --backward")
-    output = RESULTS if output is None else output
+    output = ROWS if output is None else output
     output.parent.mkdir(parents=True, exist_ok=True)
     settings = Settings(where, backward, seconds, deadline)
     if where.type == "cuda":

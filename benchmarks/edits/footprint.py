@@ -14,14 +14,14 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from tvkernels.benchmarks import machine
-from tvkernels.benchmarks.models import DTYPES, SD15_TEXT, SD15_UNET, SD15_VAE
+from tvkernels.benchmarks import RESULTS, machine
+from tvkernels.benchmarks.edits.models import DTYPES, SD15_TEXT, SD15_UNET, SD15_VAE
 from tvkernels.benchmarks.stored import kept
 from tvkernels.config import ConfigError
 from tvkernels.recipes import RECIPES
 from tvkernels.runtime.memory import Account
 
-RESULTS = Path(__file__).resolve().parent / "results" / "memory.jsonl"
+ROWS = RESULTS / "memory.jsonl"
 BUDGETS = (8, 16, 24)  # GB, 10^9 bytes
 SIZE = (512, 512)
 USES = ("inference", "training", "training, checkpointing")
@@ -61,7 +61,7 @@ def run(
                 raise ConfigError(f"unknown {kind} {name!r}: use one of {', '.join(known)}")
     if not frames or frames[0] < 1:
         raise ConfigError("frames are numbers above zero")
-    output, rows = RESULTS if output is None else output, []
+    output, rows = ROWS if output is None else output, []
     found = itertools.chain.from_iterable(
         _account(method, frames, dtype, checkpointing)
         for method, dtype in itertools.product(methods, dtypes)

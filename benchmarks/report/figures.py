@@ -8,14 +8,14 @@ from statistics import multimode
 
 import torch
 
-from tvkernels.benchmarks.charts import Bars, Curves, Dots, Lane, Mark
+from tvkernels.benchmarks.edits.quality import MEASURES, interval
+from tvkernels.benchmarks.edits.scaling import Fit, fit
+from tvkernels.benchmarks.edits.steps import STEPS
 from tvkernels.benchmarks.limits import Rates, limit
-from tvkernels.benchmarks.native import FRAMES, HEADS
-from tvkernels.benchmarks.quality import MEASURES, interval
-from tvkernels.benchmarks.scaling import Fit, fit
-from tvkernels.benchmarks.steps import STEPS
+from tvkernels.benchmarks.ops.native import FRAMES, HEADS
+from tvkernels.benchmarks.report.charts import Bars, Curves, Dots, Lane, Mark
+from tvkernels.benchmarks.report.tables import LEVELS, NATIVE, SHOWN, Results
 from tvkernels.benchmarks.stored import newest
-from tvkernels.benchmarks.tables import LEVELS, NATIVE, SHOWN, Results
 from tvkernels.ops import specs
 
 OWN = "ours"  # a provider of `tvk bench pipelines`

@@ -1,7 +1,7 @@
 """What the native CPU kernels save: ours, composed PyTorch and the reference take turns.
 
-`python -m tvkernels.benchmarks.native [op ...]`: SD-1.x shapes with 8 frames in float32, and the
-gradients of what is tuned at all but the finest level, where the reference's of fine-coarse
+`python -m tvkernels.benchmarks.ops.native [op ...]`: SD-1.x shapes with 8 frames in float32, and
+the gradients of what is tuned at all but the finest level, where the reference's of fine-coarse
 attention would hold 16 times the 1.6 GiB of 32 x 32. Ratios of medians; on a busy machine they
 move, so run it on an idle one. Rows go to results/native.jsonl.
 """
@@ -11,15 +11,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 import tvkernels
-from tvkernels.benchmarks import limits, machine, stored, timing
+from tvkernels.benchmarks import RESULTS, limits, machine, stored, timing
 
-RESULTS = Path(__file__).parent / "results" / "native.jsonl"
+ROWS = RESULTS / "native.jsonl"
 BACKENDS = ("native", "cpu", "reference")
 LEVELS = ((16, 1280), (32, 640), (64, 320))  # side of the tokens' grid, channels
 FRAMES, HEADS = 8, 8
@@ -161,7 +160,7 @@ def main(ops: list[str]) -> int:
                 row = {"op": op, "variant": variant, "side": side, "channels": channels, **facts}
                 row |= {f"{b}_s": s for b, s in medians.items()}
                 row |= {f"{b}_bytes": held[b] for b in BACKENDS}
-                stored.append(RESULTS, row | rates)
+                stored.append(ROWS, row | rates)
                 ratios = ", ".join(
                     f"{medians[b] / medians['native']:.2f} x {b}" for b in BACKENDS[1:]
                 )

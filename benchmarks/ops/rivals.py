@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tvkernels._dispatch import BACKENDS, OPS
-from tvkernels.benchmarks.dense import ATTENTION, Unfit, dense
+from tvkernels.benchmarks.ops.dense import ATTENTION, Unfit, dense
 from tvkernels.processors.libraries import LIBRARIES
 from tvkernels.testing.calls import registered_arguments, tensors
 from tvkernels.testing.spec import OpSpec
@@ -176,7 +176,7 @@ def _dense(name: str, spec: OpSpec, args) -> list[Provider]:
 
 
 def _flex(spec: OpSpec, args) -> list[Provider]:
-    from tvkernels.benchmarks.flex import flex_problem
+    from tvkernels.benchmarks.ops.flex import flex_problem
 
     problem = flex_problem(spec, args)
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import re
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from tvkernels.benchmarks.charts import Bars, Curves, Dots, axis_of, number
-from tvkernels.benchmarks.figures import all_figures
-from tvkernels.benchmarks.tables import Results
+from tvkernels.benchmarks.report.charts import Bars, Curves, Dots, axis_of, number
+from tvkernels.benchmarks.report.figures import all_figures
+from tvkernels.benchmarks.report.tables import Results
 
 MISSING = "matplotlib is not installed (pip install 'tvkernels[bench]'): no plots"
 COLORS = ("#0b6fb8", "#b4530a", "#2b8a57", "#8a4fa3", "#a58307", "#c2335f", "#3d7f8c", "#6b6f76")
@@ -32,6 +34,15 @@ def write(results: Results, folder: Path, say: Callable[[str], None]) -> list[Pa
             written.append(folder / f"{name}.png")
             _draw([figure.chart for figure in figures], written[-1], pyplot)
     return written
+
+
+def content(charts: Sequence[Dots | Bars | Curves]) -> str:
+    """What a picture of these charts shows, as a digest that is kept in it."""
+    # Six digits: sums may end otherwise on another CPU.
+    text = re.sub(
+        r"-?\d+\.\d+(e[+-]?\d+)?", lambda found: f"{float(found[0]):.6g}", repr([*charts])
+    )
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _draw(charts: Sequence[Dots | Bars | Curves], path: Path, pyplot) -> None:
@@ -63,7 +74,7 @@ def _draw(charts: Sequence[Dots | Bars | Curves], path: Path, pyplot) -> None:
         if len(keys[1]) > 1 and not isinstance(charts[0], Curves):
             figure.legend(*keys, loc="outside lower center", ncols=3 * columns, frameon=False)
         # Without the program's own version in it the same plot is the same file.
-        figure.savefig(path, dpi=110, metadata={"Software": None})
+        figure.savefig(path, dpi=110, metadata={"Software": None, "Comment": content(charts)})
         pyplot.close(figure)
 
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 
-from tvkernels.benchmarks import charts, tables
-from tvkernels.benchmarks.figures import Figure
+from tvkernels.benchmarks.report import charts, tables
+from tvkernels.benchmarks.report.figures import Figure
+from tvkernels.benchmarks.report.tables import Cell, Results, Table
 from tvkernels.benchmarks.stored import SOURCES, distinct, flat
-from tvkernels.benchmarks.tables import Cell, Results, Table
 
 TYPES = {".png": "image/png", ".mp4": "video/mp4", ".gif": "image/gif", ".webp": "image/webp"}
 PAIRED = ("ablation", "systems")

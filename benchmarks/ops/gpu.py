@@ -27,9 +27,11 @@ import torch
 
 from tvkernels import _native
 from tvkernels._dispatch import ON_DEVICE, OPS
-from tvkernels.benchmarks import gate, machine, profile_nsight, report, rivals
-from tvkernels.benchmarks import run as bench
+from tvkernels.benchmarks import RESULTS, machine
 from tvkernels.benchmarks.cases import DTYPES
+from tvkernels.benchmarks.ops import gate, report, rivals
+from tvkernels.benchmarks.ops import run as bench
+from tvkernels.benchmarks.profiling import nsight
 from tvkernels.ops import NAMES, specs
 
 MINUTES = 9.5
@@ -98,7 +100,7 @@ def main(argv: Sequence[str] | None = None, again: Sequence[str] = ()) -> int:
     if given.step == "bench":
         return bench_share(plan, given)
     if given.step == "sample":
-        profile_nsight.sample(plan.device, plan.ops)
+        nsight.sample(plan.device, plan.ops)
         return 0
     return everything(plan)
 
@@ -108,7 +110,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda", help="cpu is a rehearsal of this script")
     parser.add_argument("--op", action="append", choices=NAMES, help="repeat it; all by default")
     parser.add_argument("--minutes", type=float, default=MINUTES, help="for all steps together")
-    parser.add_argument("--output", type=Path, default=bench.RESULTS.parent, help="a folder")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="a folder")
     parser.add_argument("--small", action="store_true", help="leave out the real shapes")
     hidden = argparse.SUPPRESS
     parser.add_argument("--step", choices=("check", "bench", "sample"), help=hidden)
@@ -130,13 +132,13 @@ def everything(plan: Plan) -> int:
     checking(plan, began + CHECKING * (end - began))
     checks = _rows(plan.checks)
     print(_passed("checks and repeats", checks, began), flush=True)
-    unseen = profile_nsight.why_not(plan.device)
-    benching(plan, end - GRACE - (0 if unseen else profile_nsight.SECONDS))
+    unseen = nsight.why_not(plan.device)
+    benching(plan, end - GRACE - (0 if unseen else nsight.SECONDS))
     times = _rows(plan.times)
     print(_passed("bench", times, began), flush=True)
     if any(row["median_s"] for row in times):
         report.write(plan.times, say=print)
-    print(nsight(plan) if unseen is None else f"Nsight Systems: not taken: {unseen}", flush=True)
+    print(traced(plan) if unseen is None else f"Nsight Systems: not taken: {unseen}", flush=True)
     faults = summary(checks, times, plan.ops)
     print("\n".join(faults) if faults else "make gpu: all that was run is right")
     print(f"rows are in {plan.checks} and {plan.times}; {time.time() - began:.0f} s in all")
@@ -224,10 +226,10 @@ def bench_share(plan: Plan, given: argparse.Namespace) -> int:
     return 0
 
 
-def nsight(plan: Plan) -> str:
+def traced(plan: Plan) -> str:
     """Step 4, in a line."""
     words = [word for op in plan.ops for word in ("--op", op)]
-    return profile_nsight.record(plan.command("sample", *words), plan.folder)
+    return nsight.record(plan.command("sample", *words), plan.folder)
 
 
 def summary(checks: Sequence[dict], times: Sequence[dict], ops: Sequence[str]) -> list[str]:

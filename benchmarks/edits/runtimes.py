@@ -1,29 +1,27 @@
 """The sampling loop under every runtime that runs here, and what starting one costs.
 
-`python -m tvkernels.benchmarks.runtimes [--method M ...] [--runtime R ...]`: the embedded model,
-8 frames of 128 x 128, guidance. The loops take turns; the baseline is the same UNet with every op
-its plain reference. Rows go to results/runtimes.jsonl.
+`python -m tvkernels.benchmarks.edits.runtimes [--method M ...] [--runtime R ...]`: the embedded
+model, 8 frames of 128 x 128, guidance. The loops take turns; the baseline is the same UNet with
+every op its plain reference. Rows go to results/runtimes.jsonl.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
-from pathlib import Path
 
 import torch
 
 from tvkernels import BackendError
 from tvkernels._dispatch import auto_takes
-from tvkernels.benchmarks import machine, timing
+from tvkernels.benchmarks import RESULTS, machine, stored, timing
 from tvkernels.demo import MODEL_DIR
 from tvkernels.edit import load_pipeline
 from tvkernels.pipelines import METHODS
 from tvkernels.runtime import BACKENDS
 
-RESULTS = Path(__file__).parent / "results" / "runtimes.jsonl"
+ROWS = RESULTS / "runtimes.jsonl"
 FRAMES, STEPS, GUIDANCE = 8, 4, 5.0
 PROMPT = "a blue star on a green checkered background"
 REFERENCE = "eager, reference ops"
@@ -37,8 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     asked = parser.parse_args(argv)
     for method in asked.method:
         for row in measure(method, asked.runtime):
-            with open(RESULTS, "a") as file:
-                file.write(json.dumps(row) + "\n")
+            stored.append(ROWS, row)
     return 0
 
 

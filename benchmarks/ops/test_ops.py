@@ -9,8 +9,8 @@ commit with another. Absent providers are skipped with their reason, wrong resul
 import pytest
 import torch
 
-from tvkernels.benchmarks import checks, rivals, run
 from tvkernels.benchmarks.cases import inputs, line_up
+from tvkernels.benchmarks.ops import checks, rivals, run
 
 pytest.importorskip("pytest_benchmark")
 

@@ -7,11 +7,11 @@ from html import escape
 from pathlib import Path
 from statistics import geometric_mean
 
-from tvkernels.benchmarks import markup, tables
-from tvkernels.benchmarks.figures import OURS, all_figures
-from tvkernels.benchmarks.quality import interval
+from tvkernels.benchmarks.edits.quality import interval
+from tvkernels.benchmarks.report import markup, tables
+from tvkernels.benchmarks.report.figures import OURS, all_figures
+from tvkernels.benchmarks.report.tables import Results
 from tvkernels.benchmarks.stored import SOURCES, newest
-from tvkernels.benchmarks.tables import Results
 
 HERE = Path(__file__).resolve().parent
 SAME = "The same as a table"
@@ -19,9 +19,9 @@ REPRODUCE = """\
 make setup
 make demo                                              # demo
 tvk bench quality --first 20 --scenes 20               # quality; --ablation for the variants
-python -m tvkernels.benchmarks.native                  # native
-python -m tvkernels.benchmarks.runtimes                # runtimes
-python -m tvkernels.benchmarks.atlas                   # atlas
+python -m tvkernels.benchmarks.ops.native                  # native
+python -m tvkernels.benchmarks.edits.runtimes                # runtimes
+python -m tvkernels.benchmarks.edits.atlas                   # atlas
 tvk bench pipelines                                    # pipelines
 tvk bench memory                                       # memory
 make gpu                                               # ops, on a GPU, with torch and triton alone

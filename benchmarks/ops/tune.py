@@ -1,6 +1,6 @@
 """Finds the configuration of a kernel and writes it to its op's configs.json.
 
-    python -m tvkernels.benchmarks.tune --op frame_attention --case sd15-own-64
+    python -m tvkernels.benchmarks.ops.tune --op frame_attention --case sd15-own-64
 
 From the shipped configuration, one constant at a time: halved, doubled, or a switch turned. A
 neighbour is compiled first and dropped where the offline gate finds a fault, then checked against
@@ -20,9 +20,10 @@ import torch
 
 from tvkernels._triton import configs
 from tvkernels._triton.launch import arch
-from tvkernels.benchmarks import checks, machine
+from tvkernels.benchmarks import machine
 from tvkernels.benchmarks.cases import DTYPES, copied, inputs, number_of_sets
-from tvkernels.benchmarks.run import device_of
+from tvkernels.benchmarks.ops import checks
+from tvkernels.benchmarks.ops.run import device_of
 from tvkernels.benchmarks.timing import Candidate, interleave
 from tvkernels.ops import specs
 from tvkernels.testing import kernels
@@ -146,7 +147,7 @@ def _text(config: Config) -> str:
 
 def write(op: str, kernel: str, facts: dict, config: Config, source: str) -> Path:
     """Puts an entry for exactly these facts before all others of the op."""
-    path = Path(__file__).resolve().parents[1] / "tvkernels" / "ops" / op / "configs.json"
+    path = Path(__file__).resolve().parents[2] / "tvkernels" / "ops" / op / "configs.json"
     entry = {"kernel": kernel} | {name: [value] for name, value in facts.items()}
     same = entry.items()
     others = [e for e in json.loads(path.read_text()) if not same <= e.items()]

@@ -42,7 +42,7 @@ def profile_command(
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
     """Show where a method's time goes, by op, layer and phase, and how far the limit is."""
-    from tvkernels.benchmarks.profile import TABLES, TRACE, ProfileSettings, profile
+    from tvkernels.benchmarks.profiling.profile import TABLES, TRACE, ProfileSettings, profile
 
     given = ProfileSettings(
         output, method, tuple(phase or ()), model, frames, size, runtime, steps

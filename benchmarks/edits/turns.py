@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from tvkernels.benchmarks.meter import joules
+from tvkernels.benchmarks.edits.meter import joules
 
 FEWEST, MOST = 2, 60  # rounds, even numbers so that A-B-B-A closes
 RESAMPLES = 2000

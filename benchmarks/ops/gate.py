@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from tvkernels._dispatch import ON_DEVICE, OPS
-from tvkernels.benchmarks import checks
 from tvkernels.benchmarks.cases import copied, inputs
+from tvkernels.benchmarks.ops import checks
 from tvkernels.testing.calls import registered_arguments, tensors
 from tvkernels.testing.spec import OpSpec
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tvkernels._dispatch import OPS
-from tvkernels.benchmarks.dense import Dense, Unfit, rows_of
+from tvkernels.benchmarks.ops.dense import Dense, Unfit, rows_of
 from tvkernels.testing.spec import OpSpec
 
 BLOCK = 128  # FlexAttention's own default

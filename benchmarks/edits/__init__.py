@@ -1,0 +1,1 @@
+"""Whole edits: time, memory and quality of the methods, beside their plain references."""

@@ -1,0 +1,1 @@
+"""`tvk profile`: where the time of a method goes."""

@@ -1,0 +1,1 @@
+"""The stored rows as a page, pictures and tables: `tvk report`."""
