@@ -243,6 +243,81 @@ def test_wrong_input_is_one_clear_error(op):
         spec.call(positional[0].to(torch.int64), *positional[1:], **keyword)
 
 
+class Seen(Exception):
+    """The op was called through its registration."""
+
+
+class Subclass(torch.Tensor):
+    """A tensor that may do anything."""
+
+
+def refuse(*args):
+    raise Seen
+
+
+@every_op
+def test_a_call_that_nothing_looks_at_goes_straight_to_its_backend(op, monkeypatch):
+    spec = SPECS[op]
+
+    def run():
+        args = build(spec, first_case(op))
+        with torch.no_grad():
+            return tensors(spec.call(*args[0], **args[1]))
+
+    with RegisteredCalls() as seen:
+        expected = run()
+    assert [call for call in seen.calls if call[0] is OPS[op].overload]
+    monkeypatch.setattr(OPS[op], "overload", refuse)
+    if spec.call is tvkernels.latent_blend:  # in place: autograd counts what changes
+        with pytest.raises(Seen):
+            run()
+    else:
+        assert all(map(torch.equal, run(), expected))
+
+
+def attend(q):
+    return tvkernels.frame_attention(q, q, q, tvkernels.FramePattern.own().table(2))
+
+
+def under_profiler(q):
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
+        attend(q)
+
+
+def under_mode(q):
+    with RegisteredCalls():
+        attend(q)
+
+
+def with_tangents(q):
+    with torch.autograd.forward_ad.dual_level():
+        attend(torch.autograd.forward_ad.make_dual(q, torch.ones_like(q)))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda q: attend(q.requires_grad_()), lambda q: attend(q.to("meta")),
+        lambda q: attend(torch.complex(q, q).conj().imag), under_profiler, under_mode,
+        with_tangents, lambda q: torch.vmap(attend)(q[None]),
+        torch.func.grad(lambda q: attend(q).sum()),
+        lambda q: torch.jit.trace(attend, q), lambda q: attend(q.as_subclass(Subclass)),
+    ],
+    ids=(
+        "gradient", "meta", "negated", "profiler", "mode", "tangent", "vmap", "grad", "trace",
+        "subclass",
+    ),
+)  # fmt: skip
+def test_what_looks_sees_a_registered_call(look, monkeypatch):
+    q = torch.randn(1, 2, 4, 2, 8)
+    attend(q)
+    monkeypatch.setattr(OPS["frame_attention"], "overload", refuse)
+    attend(q)
+    with pytest.raises(Seen):
+        look(q)
+
+
 @every_op
 def test_cases_cover_odd_sizes_and_real_ones(op):
     spec = SPECS[op]

@@ -6,6 +6,7 @@ until a backend is asked about a call; what stands against a library is said, ne
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from pathlib import Path
 
@@ -51,7 +52,7 @@ def refuse(op: str, *tensors: Tensor | None, backward: str | None = None) -> lis
     """
     given = [x for x in tensors if x is not None]
     reasons = []
-    if any(x.device.type != "cpu" for x in given):
+    if not all(x.is_cpu for x in given):
         reasons.append(f"needs CPU tensors, got {_names(x.device for x in given)}")
     dtypes = {x.dtype for x in given}
     if len(dtypes) > 1:
@@ -60,6 +61,18 @@ def refuse(op: str, *tensors: Tensor | None, backward: str | None = None) -> lis
         reasons.append(f"computes in float32 at most, got {_names(dtypes)}")
     missing = [why_not("cpu", name) for name in (op, backward) if name is not None]
     return reasons + list(dict.fromkeys(reason for found in missing for reason in found))
+
+
+def refuse_generic() -> list[str]:
+    """What stands against an op that is slower than composed PyTorch at level generic."""
+    if level() != "generic" or os.environ.get("TVKERNELS_CPU_LEVEL") == "generic":
+        return []
+    return ["without AVX2 it is slower than cpu; TVKERNELS_CPU_LEVEL=generic runs it anyway"]
+
+
+def level() -> str:
+    """The instruction set that the CPU kernels run with: "generic", "avx2" or "avx512"."""
+    return _level(FOLDER)
 
 
 def _names(values) -> str:
@@ -93,6 +106,11 @@ def _why_not(part: str, op: str | None, folder: Path) -> tuple[str, ...]:
                 f"{error}; run `make native`"
             )
     return tuple(reasons)
+
+
+@cache
+def _level(folder: Path) -> str:
+    return load("cpu").level()
 
 
 def _library(part: str, folder: Path) -> Path:

@@ -69,7 +69,7 @@ def _library(part: str) -> str:
     reasons = _native.why_not(part)
     if reasons:
         return "; ".join(reasons)
-    return f"{_native.load(part).level()} kernels" if part == "cpu" else "runs"
+    return f"{_native.level()} kernels" if part == "cpu" else "runs"
 
 
 def _ptxas() -> str:

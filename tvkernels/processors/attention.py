@@ -115,7 +115,8 @@ class AttnProcessor:
             out = out.transpose(1, 2).unflatten(2, picture[1:])
         if attn.residual_connection:
             out = out + residual
-        return out / attn.rescale_output_factor
+        # By 1, which it is in every SD model, the division would copy the whole activation.
+        return out if attn.rescale_output_factor == 1 else out / attn.rescale_output_factor
 
 
 class FrameAttnProcessor(AttnProcessor):

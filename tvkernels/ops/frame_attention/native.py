@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 
 from tvkernels import _native
@@ -12,17 +10,13 @@ from tvkernels import _native
 def why_not(q, k, v, row_ptr, segments, levels, h, w, scale, return_lse) -> list[str]:
     """Every reason against this call; empty if it runs."""
     reasons = _native.refuse("frame_attention", q, k, v, backward="frame_attention_backward")
-    if any(x.dtype != torch.int32 or x.device.type != "cpu" for x in (row_ptr, segments)):
+    if any(x.dtype != torch.int32 or not x.is_cpu for x in (row_ptr, segments)):
         reasons.append("needs the pattern's table in int32 on the CPU")
-    # Its speed over that of cpu, one core of an EPYC 9004, float32, own frame at 16 x 16 x 1280
-    # and fine-coarse at 8 x 8: 0.31 and 0.46 at level generic, 0.91 and 1.27 at avx2, 1.15 and
-    # 1.45 at avx512. On CPUs other than x86 it is not measured.
-    asked = os.environ.get("TVKERNELS_CPU_LEVEL") == "generic"
-    if not reasons and not asked and _native.load("cpu").level() == "generic":
-        reasons.append(
-            "without AVX2 it is slower than cpu; TVKERNELS_CPU_LEVEL=generic runs it anyway"
-        )
-    return reasons
+    # Its speed over that of cpu, one core of an EPYC without AVX-512, float32, own frame at 16 x
+    # 16 x 1280 and fine-coarse at 8 x 8: 0.34 and 0.44 at level generic, 1.04 and 1.45 at avx2; at
+    # avx512 on an EPYC 9004, before its broadcasts were cheaper, 1.15 and 1.45. On CPUs other than
+    # x86 it is not measured.
+    return reasons or _native.refuse_generic()
 
 
 def forward(q, k, v, row_ptr, segments, levels, h, w, scale, return_lse):
