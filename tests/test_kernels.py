@@ -244,5 +244,15 @@ def test_other_reasons(monkeypatch):
     assert "triton 3.5.1 is older than 3.6" in support.why_not(torch.empty(1))[0]
 
 
+def test_sizes_are_tritons():
+    import triton
+
+    for n in range(1, 300):
+        assert configs.next_power_of_2(n) == triton.next_power_of_2(n)
+        assert all(configs.cdiv(n, by) == triton.cdiv(n, by) for by in (1, 16, 64, 128))
+    assert configs.next_power_of_2(0) == triton.next_power_of_2(0) == 0
+    assert configs.cdiv(0, 16) == 0
+
+
 def test_nothing_is_launched_for_an_empty_grid():
     launch.launch(None, (0,), {}, {})

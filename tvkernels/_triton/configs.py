@@ -46,10 +46,17 @@ def choose(op: str, kernel: str, **facts: Any) -> dict[str, int]:
         asked.append((op, kernel, facts))
     if (op, kernel) in _overrides:
         return dict(_overrides[op, kernel])
-    for entry in entries(op):
-        if entry["kernel"] == kernel and all(_fits(entry.get(n), v) for n, v in facts.items()):
-            return dict(entry["config"])
-    raise LookupError(f"{op}/configs.json has no entry of kernel {kernel!r} for {facts}")
+    return dict(_first(op, kernel, tuple(facts.items())))
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up. Triton's, which kernels call too, takes 8 us on the host."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two of at least n; 0 for none, as Triton has it."""
+    return 1 << (n - 1).bit_length() if n > 0 else 0
 
 
 # Plain objects: autograd runs a device's backward in a thread of its own, which no ContextVar
@@ -81,6 +88,14 @@ def override(op: str, kernel: str, config: dict[str, int]) -> Iterator[None]:
             del _overrides[op, kernel]
         else:
             _overrides[op, kernel] = before
+
+
+@cache
+def _first(op: str, kernel: str, facts: tuple[tuple[str, Any], ...]) -> dict[str, int]:
+    for entry in entries(op):
+        if entry["kernel"] == kernel and all(_fits(entry.get(n), v) for n, v in facts):
+            return entry["config"]
+    raise LookupError(f"{op}/configs.json has no entry of kernel {kernel!r} for {dict(facts)}")
 
 
 @cache

@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from tvkernels._triton.configs import next_power_of_2
+
 # Three exponentials on the special-function unit and the fourth on the FMA pipes: x = n + f with n
 # an integer and f in [0, 1); 2^f is a polynomial of degree 3 with p(0) = 1, minimax in the
 # relative error over [0, 1), which is 8.7e-5 at most (`tests/test_frame_kernels.py` measures it);
@@ -39,9 +41,9 @@ def split(head_dim: int) -> tuple[int, int]:
     40 is 32 + 16 and not 64, 80 is 64 + 16, 160 is 128 + 32; a second width that would fill up to
     the next power of two is not worth its own product.
     """
-    whole = max(16, triton.next_power_of_2(head_dim))
+    whole = max(16, next_power_of_2(head_dim))
     first = max(16, whole // 2)
-    rest = max(16, triton.next_power_of_2(max(1, head_dim - first)))
+    rest = max(16, next_power_of_2(max(1, head_dim - first)))
     return (first, rest) if first + rest < whole else (whole, 0)
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tvkernels._dispatch import OPS
 from tvkernels._inflate import InflatedHandle
-from tvkernels._triton.configs import choose
+from tvkernels._triton.configs import choose, next_power_of_2
 from tvkernels.runtime.files import ArtifactError
 from tvkernels.runtime.program import Shape, decompositions, export_program
 
@@ -166,7 +166,6 @@ def compile_ptx(kernel: str, arch: str, dtype: str, attributes: dict) -> tuple[s
 
 
 def _configure(kernel: str, arch: str, dtype: str, attributes: dict):
-    import triton
 
     from tvkernels._triton.maths import split
 
@@ -177,7 +176,7 @@ def _configure(kernel: str, arch: str, dtype: str, attributes: dict):
     if kernel == "temporal_attention":
         held = ONE_PASS if frames > NARROWEST else NARROWEST
         config = choose("temporal_attention", "_attend", **facts, frames=held)
-        tail = max(NARROWEST, triton.next_power_of_2(d % config["CHUNK"]))
+        tail = max(NARROWEST, next_power_of_2(d % config["CHUNK"]))
         constants |= {"FRAMES": held, "HEAD_DIM": d, "TAIL": tail, "ALIGN": align}
         constants |= {name: config[name] for name in ("CELLS", "CHUNK")}
         return config, constants, config["CELLS"]
@@ -186,7 +185,7 @@ def _configure(kernel: str, arch: str, dtype: str, attributes: dict):
     padded = config.pop("PAD_QK")
     constants |= {
         "SCALE": scale / math.log(2), "D": d, "D1": d1, "D2": d2, "ALIGN": align,
-        "QK1": triton.next_power_of_2(d1 + d2) if padded else d1, "QK2": 0 if padded else d2,
+        "QK1": next_power_of_2(d1 + d2) if padded else d1, "QK2": 0 if padded else d2,
         "BM": config["BM"], "BN": config["BN"], "EMULATE": config["EMULATE"],
     }  # fmt: skip
     return config, constants, config["BM"]

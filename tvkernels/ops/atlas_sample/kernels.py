@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tvkernels._triton.configs import choose
+from tvkernels._triton.configs import cdiv, choose
 from tvkernels._triton.launch import arch, launch
 
 UNALIGNED = ("points", "channels", "height", "width")
@@ -30,7 +30,7 @@ def over_points(
     """Starts a program for each block of points of each batch."""
     config = choose(op, kernel.fn.__name__, arch=arch(x))
     launch(
-        kernel, (batches * triton.cdiv(points, config["BLOCK"]),), arguments | {"points": points},
+        kernel, (batches * cdiv(points, config["BLOCK"]),), arguments | {"points": points},
         config, **constants,
     )  # fmt: skip
 

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tvkernels._triton import support
-from tvkernels._triton.configs import choose
+from tvkernels._triton.configs import cdiv, choose, next_power_of_2
 from tvkernels._triton.launch import arch, launch
 
 UNALIGNED = ("frames", "groups")  # sizes whose divisors change no address: not compiled for each
@@ -43,7 +43,7 @@ def backward(grads, x, weight, bias, groups, eps, silu):
     size = c // groups
     affine = _affine(x, weight, bias, groups, eps)
     config = _config("_reduce_gradient", x)
-    parts = f * triton.cdiv(h * w, config["BLOCK_S"])
+    parts = f * cdiv(h * w, config["BLOCK_S"])
     sums = torch.empty((2, b, c, parts), dtype=torch.float32, device=x.device)
     constants = torch.empty((2, b, groups), dtype=torch.float32, device=x.device)
     inner = dict(zip(("totals", "products"), sums.unbind(), strict=True))
@@ -51,7 +51,7 @@ def backward(grads, x, weight, bias, groups, eps, silu):
     read = {"x": x, "grad": grads[0]}
     _over_tiles(_reduce_gradient, read, affine | inner, SILU=silu)
     config = choose("clip_group_norm", "_merge_gradient", arch=arch(x), size=size)
-    config["BLOCK_G"] = max(config["BLOCK_G"], triton.next_power_of_2(size))
+    config["BLOCK_G"] = max(config["BLOCK_G"], next_power_of_2(size))
     config["BLOCK_P"] = max(1, config.pop("BLOCK") // config["BLOCK_G"])
     launch(
         _merge_gradient,
@@ -72,7 +72,7 @@ def _affine(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) ->
     """What all passes over x read: "mean" and "rstd" = 1 / sqrt(var + eps), [B, groups]."""
     b, f, c, h, w = x.shape
     block = _config("_partial_statistics", x)["BLOCK_S"]
-    chunks = triton.cdiv(h * w, block)
+    chunks = cdiv(h * w, block)
     partial = torch.empty((2, b, c, f, chunks), dtype=torch.float32, device=x.device)
     merged = torch.empty((2, b, groups), dtype=torch.float32, device=x.device)
     found = dict(zip(("mean", "rstd"), merged.unbind(), strict=True))
@@ -100,7 +100,7 @@ def _over_tiles(kernel, clips: dict[str, Tensor], others: dict, **constants) -> 
     x = clips["x"]
     b, f, c, h, w = x.shape
     config = _config(kernel.fn.__name__, x)
-    tiles = triton.cdiv(c, config["BLOCK_C"]) * triton.cdiv(h * w, config["BLOCK_S"])
+    tiles = cdiv(c, config["BLOCK_C"]) * cdiv(h * w, config["BLOCK_S"])
     strides = {
         f"{name}_{axis}": stride
         for name, clip in clips.items()

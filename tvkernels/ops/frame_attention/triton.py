@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 
 import torch
-import triton
 
 from tvkernels._triton import support
-from tvkernels._triton.configs import choose
+from tvkernels._triton.configs import cdiv, choose, next_power_of_2
 from tvkernels._triton.launch import arch, launch
 from tvkernels._triton.maths import split
 from tvkernels.ops.frame_attention.backward import _differentiate_keys, _differentiate_queries
@@ -70,7 +69,7 @@ def backward(grads, q, k, v, row_ptr, segments, levels, h, w, scale, return_lse)
     config = choose(NAME, "_differentiate_queries", **facts(q))
     launch(
         _differentiate_queries,
-        (triton.cdiv(q.shape[2], config["BM"]) * programs(q),),
+        (cdiv(q.shape[2], config["BM"]) * programs(q),),
         {**arguments, **pairs(sources), "out": out, "grad_lse": grad_lse, "dq": dq},
         config,
         EVEN=even(arguments, config["BN"]),
@@ -106,7 +105,7 @@ def differentiate_keys(arguments, constants, level, slot, k, v, dk, dv) -> None:
     for keys, values in ((True, False), (False, True)) if apart else ((True, True),):
         launch(
             _differentiate_keys,
-            (triton.cdiv(k.shape[2], config["BN"]) * programs(k),),
+            (cdiv(k.shape[2], config["BN"]) * programs(k),),
             {**arguments, **strides(k=k, v=v), **tensors, **numbers},
             config,
             EVEN=whole and not ragged(level, arguments["h"], arguments["w"]),
@@ -151,13 +150,13 @@ def pool(k, v, levels, h, w):
         config = choose(NAME, "_pool", **facts(k))
         launch(
             _pool,
-            (triton.cdiv(target.shape[3], config["CELLS"]) * programs(k) * 2,),
+            (cdiv(target.shape[3], config["CELLS"]) * programs(k) * 2,),
             {
                 "k": k, "v": v, "pooled": target, "batches": b, "frames": f, "heads": heads,
                 "h": h, "w": w, **strides(k=k, v=v),
             },
             config,
-            LEVEL=level, D=d, WIDTH=triton.next_power_of_2(d), ALIGN=alignment(k, v),
+            LEVEL=level, D=d, WIDTH=next_power_of_2(d), ALIGN=alignment(k, v),
         )  # fmt: skip
         pooled.append(target)
     return pooled
@@ -192,13 +191,13 @@ def attend(common, sources, out, lse, *, unit) -> None:
     d1, d2 = constants["D1"], constants["D2"]
     launch(
         _attend,
-        (triton.cdiv(out.shape[2], config["BM"]) * programs(out),),
+        (cdiv(out.shape[2], config["BM"]) * programs(out),),
         {
             **arguments, **pairs(sources), "out": out, "lse": lse, "unit": unit,
             "scale": abs(arguments["scale"]),
         },
         config,
-        QK1=triton.next_power_of_2(d1 + d2) if padded else d1,
+        QK1=next_power_of_2(d1 + d2) if padded else d1,
         QK2=0 if padded else d2,
         NEGATIVE=arguments["scale"] < 0,
         EVEN=even(arguments, config["BN"]),
@@ -242,7 +241,7 @@ def programs(x) -> int:
 
 def cells(level, h, w) -> int:
     """Tokens of a frame at a coarse level."""
-    return triton.cdiv(h, level) * triton.cdiv(w, level)
+    return cdiv(h, level) * cdiv(w, level)
 
 
 def pairs(sources):

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from tvkernels._triton import elementwise, support
-from tvkernels._triton.configs import choose
+from tvkernels._triton.configs import cdiv, choose
 from tvkernels._triton.launch import arch, launch
 
 
@@ -25,7 +25,7 @@ def forward(sample, noise, step, mask, background):
     guided = noise.shape != sample.shape
     launch(
         _step,
-        (triton.cdiv(out.numel(), config["BLOCK"]),),
+        (cdiv(out.numel(), config["BLOCK"]),),
         {"mask": None, "background": None}
         | read
         | {"out": out, "step": step, "step_s": step.stride(0), "size": out.numel()}

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from tvkernels._triton import support
-from tvkernels._triton.configs import choose
+from tvkernels._triton.configs import cdiv, choose, next_power_of_2
 from tvkernels._triton.launch import arch, launch
 
 ONE_PASS = 32  # frames that one program holds at once
@@ -31,13 +31,13 @@ def forward(z):
     config = choose("instance_center", "_center", arch=arch(z), dtype=str(z.dtype)[6:], frames=f)
     launch(
         _center,
-        (triton.cdiv(n * c, config["BLOCK"]) * b,),
+        (cdiv(n * c, config["BLOCK"]) * b,),
         {
             "z": z, "out": out, "frames": f, "channels": c, "size": n * c,
             "z_b": z.stride(0), "z_f": z.stride(1), "z_n": z.stride(2), "z_c": z.stride(3),
         },
         config,
-        FRAMES=triton.next_power_of_2(f) if f <= ONE_PASS else 0,
+        FRAMES=next_power_of_2(f) if f <= ONE_PASS else 0,
     )  # fmt: skip
     return out
 

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from tvkernels._triton import elementwise, support
-from tvkernels._triton.configs import choose
+from tvkernels._triton.configs import cdiv, choose
 from tvkernels._triton.launch import arch, launch
 
 
@@ -24,7 +24,7 @@ def forward(foreground, background, mask):
     config = choose("latent_blend", "_blend", arch=arch(foreground))
     launch(
         _blend,
-        (triton.cdiv(foreground.numel(), config["BLOCK"]),),
+        (cdiv(foreground.numel(), config["BLOCK"]),),
         tensors | {"size": foreground.numel()} | elementwise.numbers(shape, tensors),
         config,
     )

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tvkernels._triton import support
-from tvkernels._triton.configs import choose
+from tvkernels._triton.configs import cdiv, choose
 from tvkernels._triton.launch import arch, launch
 
 NAME = "power_iteration"
@@ -54,7 +54,7 @@ def forward(weight, u, steps):
         "u_raw": left["x"], "u_squares": left["squares"], "u_parts": left["parts"],
         "v_raw": right["x"], "v_squares": right["squares"], "v_parts": right["parts"],
     }  # fmt: skip
-    grid = (triton.cdiv(max(rows, columns), config["BLOCK"]),)
+    grid = (cdiv(max(rows, columns), config["BLOCK"]),)
     launch(_finish, grid, ends | first | results, config)
     return tuple(found)
 
@@ -67,7 +67,7 @@ def _product(matrix: Tensor, vector: dict, kept: float) -> dict:
     rows, inner = matrix.shape
     order = "rows" if matrix.stride(0) == 1 and rows > 1 else "inner"
     config = choose(NAME, "_multiply", arch=arch(matrix), dtype=str(matrix.dtype)[6:], order=order)
-    programs = triton.cdiv(rows, config["ROWS"])
+    programs = cdiv(rows, config["ROWS"])
     y, sums = (torch.empty(n, dtype=torch.float32, device=matrix.device) for n in (rows, programs))
     numbers = {"rows": rows, "inner": inner, "kept": kept}
     strides = {"matrix_r": matrix.stride(0), "matrix_i": matrix.stride(1)}

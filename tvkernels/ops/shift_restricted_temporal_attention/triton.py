@@ -15,7 +15,7 @@ import triton.language as tl
 
 from tvkernels._dispatch import OPS
 from tvkernels._triton import support
-from tvkernels._triton.configs import choose
+from tvkernels._triton.configs import cdiv, choose, next_power_of_2
 from tvkernels._triton.launch import arch, launch
 from tvkernels.ops.spectral_linear.reference import normalised
 
@@ -83,14 +83,14 @@ def _attend(z, w_q, w_k, w_v, sigma, heads):
     strides |= _strides("k", w_k, "oi") | _strides("v", w_v, "oi")
     launch(
         _attend_projected,
-        (triton.cdiv(n, config["POSITIONS"]) * b * heads,),
+        (cdiv(n, config["POSITIONS"]) * b * heads,),
         {"z": z, "w_q": w_q, "w_k": w_k, "w_v": w_v, "sigma": sigma, "out": out}
         | numbers | strides,
         config,
         FRAMES=frames,
         HEAD_DIM=d,
         HEAD=head,
-        TAIL=max(NARROWEST, triton.next_power_of_2(d - head)) if d > head else 0,
+        TAIL=max(NARROWEST, next_power_of_2(d - head)) if d > head else 0,
     )  # fmt: skip
     return out
 
@@ -99,7 +99,7 @@ def _project(z, attended, w_out, bias, sigma, out):
     """Writes z + attended W_out^T / sigma + bias."""
     b, f, n, c = z.shape
     config = choose(NAME, "_project_out", **_facts(z))
-    blocks = triton.cdiv(b * f * n, config["ROWS"]) * triton.cdiv(c, config["COLUMNS"])
+    blocks = cdiv(b * f * n, config["ROWS"]) * cdiv(c, config["COLUMNS"])
     launch(
         _project_out,
         (blocks,),

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from tvkernels._triton import support
-from tvkernels._triton.configs import choose
+from tvkernels._triton.configs import cdiv, choose, next_power_of_2
 from tvkernels._triton.launch import arch, launch
 
 ONE_PASS = 32  # frames that one program holds at once
@@ -56,9 +56,9 @@ def _launch(kernel, tensors, scale):
         "temporal_attention", kernel.fn.__name__, arch=arch(x), dtype=str(x.dtype)[6:],
         head_dim=d, frames=frames,
     )  # fmt: skip
-    programs = triton.cdiv(n * h, config["CELLS"]) * b
+    programs = cdiv(n * h, config["CELLS"]) * b
     if kernel is _attend_online:
-        programs *= triton.cdiv(f, config["QUERIES"])
+        programs *= cdiv(f, config["QUERIES"])
     numbers = {"frames": f, "cells": n * h, "heads": h}
     numbers["scale"] = float(d**-0.5 if scale is None else scale)
     strides = {
@@ -75,7 +75,7 @@ def _launch(kernel, tensors, scale):
         config,
         FRAMES=frames,
         HEAD_DIM=d,
-        TAIL=max(NARROWEST, triton.next_power_of_2(d % config["CHUNK"])),
+        TAIL=max(NARROWEST, next_power_of_2(d % config["CHUNK"])),
         ALIGN=alignment(*tensors.values()),
     )
 

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tvkernels._triton import support
-from tvkernels._triton.configs import choose
+from tvkernels._triton.configs import cdiv, choose
 from tvkernels._triton.launch import arch, launch
 
 NORM_SIZES = ("frames", "groups", "size", "positions", "width")
@@ -45,7 +45,7 @@ def forward(x, weight, bias, norm_weight, norm_bias, residual, groups, eps, stri
         x = _activate(x, norm_weight, norm_bias, groups, eps)
     taps = _turn(weight)
     config = choose("temporal_conv", "_convolve", arch=arch(x), dtype=_dtype(x), channels=c)
-    tiles = triton.cdiv(outs, config["BLOCK_O"]) * triton.cdiv(h * w, config["BLOCK_S"])
+    tiles = cdiv(outs, config["BLOCK_O"]) * cdiv(h * w, config["BLOCK_S"])
     launch(
         _convolve,
         (b * count * tiles,),
@@ -71,7 +71,7 @@ def _turn(weight: Tensor) -> Tensor:
     strides = dict(zip(("w_o", "w_c", "w_k"), weight.stride(), strict=True))
     launch(
         _turn_taps,
-        (triton.cdiv(outs * channels, config["BLOCK"]),),
+        (cdiv(outs * channels, config["BLOCK"]),),
         {"weight": weight, "taps": taps, "channels": channels, "size": outs * channels, **strides},
         config,
         KERNEL=kernel,
@@ -85,7 +85,7 @@ def _activate(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) 
     config = choose("temporal_conv", "_activate_groups", arch=arch(x))
     launch(
         _activate_groups,
-        (b * groups * triton.cdiv(h * w, config["BLOCK_S"]),),
+        (b * groups * cdiv(h * w, config["BLOCK_S"]),),
         {
             "x": x, "out": out, "weight": weight.contiguous(), "bias": bias.contiguous(),
             "frames": f, "groups": groups, "size": c // groups, "positions": h * w, "width": w,

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from tvkernels._triton import support
-from tvkernels._triton.configs import choose
+from tvkernels._triton.configs import cdiv, choose, next_power_of_2
 from tvkernels._triton.launch import arch, launch
 from tvkernels._triton.maths import split
 
@@ -48,7 +48,7 @@ def forward(q, k, v, tokens, scale):
     block = config["BLOCK_L"]
     align = _alignment(d, q, k, v)
     width = min(WIDEST, _tile(words))
-    groups = triton.cdiv(words, width) if words else 1
+    groups = cdiv(words, width) if words else 1
     strides = {
         f"{name}_{axis}": stride
         for name, x, axes in (("q", q, "bfnhd"), ("k", k, "blhd"), ("v", v, "blhd"))
@@ -56,7 +56,7 @@ def forward(q, k, v, tokens, scale):
     }
     launch(
         _attend,
-        (b * f * triton.cdiv(n, config["BLOCK_M"]) * groups,),
+        (b * f * cdiv(n, config["BLOCK_M"]) * groups,),
         {
             "q": q, "k": k, "v": v, "tokens": tokens, "out": out, "maps": maps, "frames": f,
             "queries": n, "heads": h, "length": length, "full": length // block, "words": words,
@@ -79,7 +79,7 @@ def forward(q, k, v, tokens, scale):
 
 def _tile(size: int) -> int:
     """Side of the tile of a matrix product that holds `size`, 0 for none."""
-    return max(NARROWEST, triton.next_power_of_2(size)) if size > 0 else 0
+    return max(NARROWEST, next_power_of_2(size)) if size > 0 else 0
 
 
 def _alignment(d, *tensors) -> int:
