@@ -15,29 +15,32 @@ from tvkernels.testing import cuda_kernels
 compiles = pytest.mark.skipif(
     bool(cuda_kernels.why_not()), reason="; ".join(cuda_kernels.why_not()) or "-"
 )
-ARCHS = ("sm_80", "sm_90")  # all of them: .ci/run
 
 
 @compiles
-def test_every_kernel_is_green():
-    """No spills, no warnings, matrix instructions and 16-byte accesses where they should be."""
-    rows = cuda_kernels.report(ARCHS)
-    faults = [(row["arch"], row["kernel"], fault) for row in rows for fault in row["faults"]]
-    assert not faults
-    assert {row["arch"] for row in rows} == set(ARCHS)
+@pytest.mark.parametrize(
+    ("arch", "largest"), [("sm_90", 214016), pytest.param("sm_80", 145408, marks=pytest.mark.slow)]
+)
+def test_every_kernel_is_green(arch, largest):
+    """No spills, no warnings, matrix instructions and 16-byte accesses where they should be.
+
+    All architectures: .ci/run.
+    """
+    rows = cuda_kernels.report([arch])
+    assert not [(row["kernel"], fault) for row in rows for fault in row["faults"]]
+    assert {row["arch"] for row in rows} == {arch}
     built = {name for name, op in OPS.items() if "cuda" in op.backends}
     assert {row["op"] for row in rows} == built | {"has_code"}
     assert "attend_kernel<__half, 1, 40>" in {row["kernel"] for row in rows}
     blocks = [row for row in rows if row["kernel"].startswith("project_attend_kernel<__half, 1,")]
-    largest = {arch: max(r["shared_bytes"] for r in blocks if r["arch"] == arch) for arch in ARCHS}
-    assert largest == {"sm_80": 145408, "sm_90": 214016}
+    assert max(row["shared_bytes"] for row in blocks) == largest
     if importlib.util.find_spec("triton"):  # which brings cuobjdump
         assert all("hmma" in row for row in rows)
 
 
 @compiles
 def test_the_library_imports_the_stable_interface_alone():
-    cuda_kernels.build(ARCHS)
+    cuda_kernels.build(["sm_90"])
     library = cuda_kernels.FOLDER / "lib" / "tvkernels" / "_C_cuda.so"
     known = cuda_kernels.shims(cuda_kernels.torch_headers())
     assert {"torch_call_dispatcher", "aoti_torch_get_current_cuda_stream"} <= known

@@ -81,7 +81,7 @@ def scaling(results: Results) -> list[Figure]:
                     r["frames"]: (r["frames"], (r[quantity] or 0) * factor, r["id"]) for r in own
                 }
                 points = sorted(points.values())
-                if len(points) > 1 and all(y for _, y, _ in points):
+                if len(points) > 2 and all(y for _, y, _ in points):  # two fit any power
                     xs, ys, _ = zip(*points, strict=True)
                     curves[f"{who}, {_power(fit(xs, ys))}"] = points
             text = f"{model}, {size[1]} × {size[0]}, {dtype}, on logarithmic axes"
