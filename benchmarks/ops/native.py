@@ -147,7 +147,6 @@ def main(ops: list[str]) -> int:
         return 2
     cpu = torch.device("cpu")
     facts = machine.facts(cpu) | {"date": machine.today()}
-    rates = asdict(limits.measure_rates(cpu, torch.float32))
     for asked in ops or CALLS:
         for side, channels in LEVELS:
             for op, variant, timed in _with_gradients(asked, side, channels):
@@ -155,6 +154,8 @@ def main(ops: list[str]) -> int:
                 for candidate in candidates:
                     candidate.calls[0]()
                 held = {c.name: timing.peak_bytes(c.calls[0], cpu) for c in candidates}
+                # Beside each: within a run a shared machine's rates move by a third.
+                rates = asdict(limits.measure_rates(cpu, torch.float32))
                 times = timing.interleave(candidates, cpu, seconds=1.0)
                 medians = {b: t.median_s for b, t in zip(BACKENDS, times, strict=True)}
                 row = {"op": op, "variant": variant, "side": side, "channels": channels, **facts}
