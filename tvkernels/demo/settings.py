@@ -22,6 +22,9 @@ from typing import Any
 # 0.70). The text encoder is causal and small: what "red ring" means is looked at by the token
 # behind it too. The source word's IoU in the inversion of scenes 2 to 13, level 0, mean and
 # worst: 0.75 and 0.00 of its own tokens, 0.85 and 0.73 with one more, 0.84 and 0.76 with two.
+# Thresholds 0.3, 0.4, 0.5 and 0.6 on the same twelve scenes: background 1.7, 1.2 and 0.9 dB below
+# that under the true mask and 0.1 above it, target accuracy 80, 76, 75 and 67 % (72 under the true
+# mask), median IoU of the last mask 0.79, 0.74, 0.67 and 0.60. The paper's stays.
 OVERRIDES: dict[str, dict[str, Any]] = {
     "ei2": {"tune_steps": 20, "learning_rate": 3e-4, "steps": 20, "guidance": 5.0},
     "tune-a-video": {"tune_steps": 20, "learning_rate": 3e-4, "steps": 20, "guidance": 5.0},
