@@ -26,7 +26,8 @@ from tvkernels.demo import MODEL_DIR
 from tvkernels.nn.temporal_unet import SpatialTemporalUnit, fuse, nearest
 from tvkernels.pipelines.cache import Cache
 from tvkernels.pipelines.tcve import TCVEPipeline
-from tvkernels.recipes import ABLATIONS, TCVE, TCVE_PAPER, TUNE_A_VIDEO
+from tvkernels.published import _own_name
+from tvkernels.recipes import ABLATIONS, FRAME_BY_FRAME, TCVE, TCVE_PAPER, TUNE_A_VIDEO
 from tvkernels.runtime import accelerate
 from tvkernels.runtime.files import describe_recipe
 from tvkernels.runtime.program import VideoStep, export_program, mixes_frames, shape_of
@@ -71,16 +72,8 @@ def unet():
 
 def published(model, unet):
     """The plain model's weights, but for those that this recipe has no place for."""
-    with_units = {n: t.clone() for n, t in model.state_dict().items()}
-    own = {n.replace(".attn_temp.norm.", ".norm_temp.") for n in unet.state_dict()}
-
-    def fits(name):
-        part, dot, rest = name.partition("_TempUnet.")
-        return name.startswith("down_stb_") or f"temporal_unet.{part}.{rest}" in own or (
-            not dot and name in own
-        )  # fmt: skip
-
-    return {n: t for n, t in with_units.items() if fits(n)}
+    own = unet.state_dict()
+    return {n: t for n, t in model.state_dict().items() if "down_stb" in n or _own_name(n) in own}
 
 
 def run_plain(model, sample, t, text, parts=()):
@@ -117,20 +110,21 @@ def test_each_ablation_equals_the_plain_model_without_that_part(plain, unet, rec
     assert (found - whole).abs().max() > 1e-3 * whole.abs().max()
 
 
-def test_the_papers_form_leaves_the_2d_unet_to_itself():
-    """Without its units' and branch's share the result is the stock UNet's, frame by frame."""
+@pytest.mark.parametrize("recipe", [TCVE_PAPER, TCVE], ids=lambda recipe: recipe.name)
+def test_units_are_the_identity_until_they_are_tuned(recipe):
+    """The paper's form starts as the stock UNet, frame by frame, the code's as Tune-A-Video's."""
     unet, (sample, t, text) = tiny_unet(), clip_inputs(2, 3)
     with torch.no_grad():
-        stock = unet(sample, t, text.repeat_interleave(3, 0)).sample
-    handle = inflate(unet, TCVE_PAPER, generator=seeded())
-    assert {n.partition(".")[0] for n in handle.tuned_parameters()} == {"temporal_unet"}
-    assert not any("attn_temp" in n for n in unet.state_dict() if n.startswith("up_blocks"))
-    with torch.no_grad():
-        assert not torch.allclose(run_clip(unet, sample, t, text), stock, atol=1e-3)
-        for unit in unet.temporal_unet.modules():
-            if isinstance(unit, SpatialTemporalUnit):
-                unit.weight = 0.0
-        assert_rounding(run_clip(unet, sample, t, text), stock)
+        base = recipe is TCVE_PAPER
+        with inflate(unet, FRAME_BY_FRAME if base else TUNE_A_VIDEO, generator=seeded()):
+            expected = run_clip(unet, sample, t, text)
+        handle = inflate(unet, recipe, generator=seeded())
+        assert_rounding(run_clip(unet, sample, t, text), expected)
+        unet.temporal_unet.up_stb[1].conv.weight.normal_()
+        assert not torch.allclose(run_clip(unet, sample, t, text), expected, atol=1e-3)
+    parts = {n.partition(".")[0] for n in handle.tuned_parameters()}
+    assert (parts == {"temporal_unet"}) == base
+    assert any("attn_temp" in n for n in unet.state_dict() if n.startswith("up_blocks")) != base
 
 
 @pytest.mark.parametrize("frames", [5, 9])
@@ -143,11 +137,9 @@ def test_gradients_equal_the_plain_models(frames):
     load_published(unet, plain.state_dict())
     (run_clip(unet, sample, t, text, frames) - target).square().mean().backward()
     (run_plain(plain, sample, t, text) - target).square().mean().backward()
-    theirs = dict(plain.named_parameters())
+    theirs = {_own_name(name): parameter.grad for name, parameter in plain.named_parameters()}
     for name, parameter in handle.tuned_parameters().items():
-        part, _, rest = name.removeprefix("temporal_unet.").partition(".")
-        published = f"{part}_TempUnet.{rest}" if name.startswith("temporal_unet.") else name
-        expected = theirs[published.replace(".attn_temp.norm.", ".norm_temp.")].grad
+        expected = theirs[name]
         torch.testing.assert_close(parameter.grad, expected, msg=lambda m, n=name: f"{n}: {m}")
         # Softmax over one frame, which 5 leave in the middle, has no slope.
         assert parameter.grad.any() or (frames == 5 and "mid_stb.attn_temp" in name), name
@@ -168,14 +160,16 @@ def test_gradient_checkpointing_changes_no_gradient():
         torch.testing.assert_close(one, other)
 
 
-def test_a_unit_begins_as_the_weighted_sum():
-    unit = SpatialTemporalUnit(16, 4, 0.1)
+def test_a_unit_without_its_convolution_is_the_weighted_sum():
+    unit = SpatialTemporalUnit(16, 4, 0.1, convolution=False)
     spatial, temporal = torch.randn(2, 6, 16, 3, 5), torch.randn(2, 3, 16, 3, 5)
-    assert not unit.conv.weight.any() and not unit.conv.bias.any()
+    assert not unit.attn_temp.to_out[0].weight.any()
     with torch.no_grad():
+        unit.attn_temp.to_out[0].weight.normal_()
         attended = unit.attn_temp.attend(temporal.flatten(3).transpose(2, 3))
-        attended = attended.transpose(2, 3).unflatten(3, (3, 5)).repeat_interleave(2, 1)
-        assert_rounding(unit(spatial, temporal), spatial + 0.1 * attended)
+        attended = attended.transpose(2, 3).unflatten(3, (3, 5)) + temporal
+        expected = spatial + 0.1 * attended.repeat_interleave(2, 1)
+        assert_rounding(unit(spatial, temporal), expected)
 
 
 @pytest.mark.parametrize(("real", "frames"), [(2, 16), (4, 8), (1, 5), (3, 5), (5, 5)])
@@ -215,10 +209,28 @@ def test_frames_halve_rounding_up_and_come_back():
             assert [x.shape[3:] for x in found] == [(2, 1), (3, 2), (5, 4), (9, 8), (9, 8)]
 
 
+# As the released code's modules have them, and as ours.
+NAMES = {
+    "conv_in_TempUnet.weight": "conv_in.weight",
+    "down_blocks.0.resnets.0.norm1_TempUnet.bias": "down_blocks.0.resnets.0.norm1.bias",
+    "down_blocks.1.resnets.0.conv_shortcut_TempUnet.weight":
+        "down_blocks.1.resnets.0.conv_shortcut.weight",
+    "down_blocks.0.downsamplers.0.conv_TempUnet.weight": "down_blocks.0.downsamplers.0.conv.weight",
+    "mid_block.resnets.1.conv1_TempUnet.weight": "mid_block.resnets.1.conv1.weight",
+    "up_blocks.3.resnets.2.conv1_TempUnet.bias": "up_blocks.3.resnets.2.conv1.bias",
+    "up_blocks.0.upsamplers.0.upsample_TempUnet.1.weight": "up_blocks.0.upsamplers.0.conv.weight",
+    "mid_stb_TempUnet.attn_temp.to_out.0.bias": "mid_stb.attn_temp.to_out.0.bias",
+    "up_stb_TempUnet.2.norm_temp.weight": "up_stb.2.attn_temp.norm.weight",
+    "up_stb_TempUnet.2.norm.weight": "up_stb.2.norm.weight",
+    "up_stb_TempUnet.3.conv_3d.bias": "up_stb.3.conv.bias",
+}  # fmt: skip
+
+
 def test_published_names_and_what_is_dead(plain, unet):
-    """Of these the notes on the code name `*_TempUnet` and `down_stb_TempUnet` alone."""
     state = plain.state_dict()
-    assert any(name.startswith("down_stb_TempUnet.") for name in state)
+    assert all(f"temporal_unet.{own}" == _own_name(name) for name, own in NAMES.items())
+    assert state.keys() >= NAMES.keys()
+    assert any(name.startswith("down_stb_TempUnet.1.conv_3d.") for name in state)
     before = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
     with inflate(unet, TCVE):
         broken = {n: t for n, t in state.items() if n != "conv_in_TempUnet.weight"}
@@ -228,7 +240,7 @@ def test_published_names_and_what_is_dead(plain, unet):
             load_published(unet, {**state, "extra_TempUnet.weight": torch.zeros(1)})
         load_published(unet, state)
         kept = unet.temporal_unet.up_blocks[0].resnets[2].conv1.weight
-        assert torch.equal(kept, state["up_blocks_TempUnet.0.resnets.2.conv1.weight"].float())
+        assert torch.equal(kept, state["up_blocks.0.resnets.2.conv1_TempUnet.weight"].float())
         assert not any("down_stb" in name for name in unet.state_dict())
     after = unet.state_dict()
     assert after.keys() == before.keys()

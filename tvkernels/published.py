@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 
 import torch
@@ -10,7 +9,10 @@ from torch import Tensor, nn
 
 from tvkernels._inflate import InflatedHandle
 
-TCVE_PART = re.compile(r"^(\w+)_TempUnet\.")
+# Ends a module's name where TCVE's code has a part of the temporal U-Net or a unit.
+TCVE_PART = "_TempUnet."
+# Of those, names within that differ: the code's and ours.
+TCVE_NAMES = ((".upsample_TempUnet.1.", ".conv."), (".conv_3d.", ".conv."))
 DEAD = "down_stb_TempUnet."
 ADDED = "temporal_unet."
 
@@ -19,9 +21,9 @@ def load_published(unet: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     """Fills an inflated UNet from a published checkpoint's state dict, strictly.
 
     Understands Tune-A-Video's names (diffusers 0.11's `UNet3DConditionModel`: the 2-D UNet's names
-    with `attn_temp` and `norm_temp` in each transformer block), and TCVE's, whose temporal parts
-    end in `_TempUnet`; of these the units of the down blocks, which its code never calls, are not
-    read.
+    with `attn_temp` and `norm_temp` in each transformer block), and TCVE's, whose temporal layers
+    stand beside the spatial ones with `_TempUnet` behind their names; of these the units of the
+    down blocks, which its code never calls, are not read.
 
     Args:
         unet: a UNet that `tvkernels.inflate` turned into the checkpoint's recipe.
@@ -55,6 +57,10 @@ def load_published(unet: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
 
 
 def _own_name(published: str) -> str:
-    """A published name as ours: `X_TempUnet.rest` is part X of the temporal U-Net."""
-    name = TCVE_PART.sub(rf"{ADDED}\1.", published)
-    return name.replace(".norm_temp.", ".attn_temp.norm.")
+    """A published name as ours."""
+    name = published.replace(".norm_temp.", ".attn_temp.norm.")
+    if TCVE_PART not in name:
+        return name
+    for theirs, own in TCVE_NAMES:
+        name = name.replace(theirs, own)
+    return ADDED + name.replace(TCVE_PART, ".")

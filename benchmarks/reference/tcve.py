@@ -1,13 +1,11 @@
 """TCVE: Tune-A-Video's UNet with a temporal U-Net beside it on (b h w) c f, joined in volumes.
 
-Parameters are named as published, the part after `_TempUnet` as the spatial U-Net's. Two things
-differ from the published code, as in ours: any number of frames, where it needs a multiple of
-eight, and positions that stay where they are, where it reads the volume by another height.
+As in the published code, each temporal layer stands beside a spatial one, `_TempUnet` behind its
+name. Two things differ from that code, as in ours: any number of frames, where it needs a multiple
+of eight, and positions that stay where they are, where it reads the volume by another height.
 """
 
 from __future__ import annotations
-
-import re
 
 import torch
 import torch.nn.functional as F
@@ -15,53 +13,33 @@ from torch import Tensor, nn
 
 from tvkernels.benchmarks.reference import tune_a_video
 from tvkernels.benchmarks.reference.attention import Attention
+from tvkernels.benchmarks.reference.layers import ResNet
 
 WEIGHT = 0.1
 
 
-class TemporalResNet(nn.Module):
-    """Two convolutions over frames; the norms see one position."""
-
-    def __init__(self, c_in: int, c_out: int, groups: int):
-        super().__init__()
-        self.norm1, self.norm2 = nn.GroupNorm(groups, c_in), nn.GroupNorm(groups, c_out)
-        self.conv1, self.conv2 = (nn.Conv1d(c, c_out, 3, padding=1) for c in (c_in, c_out))
-        self.conv_shortcut = nn.Conv1d(c_in, c_out, 1) if c_in != c_out else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[b * h * w, c_in, f] -> [b * h * w, c_out, f]."""
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
-        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+def widen(resnet: ResNet) -> None:
+    """Puts a temporal ResNet beside a spatial one; its norm sees one position."""
+    c_in, c_out = resnet.conv1.in_channels, resnet.conv1.out_channels
+    resnet.norm1_TempUnet = nn.GroupNorm(resnet.norm1.num_groups, c_in)
+    resnet.conv1_TempUnet = nn.Conv1d(c_in, c_out, 3, padding=1)
+    if resnet.conv_shortcut is not None:
+        resnet.conv_shortcut_TempUnet = nn.Conv1d(c_in, c_out, 1)
 
 
-class Resize(nn.Module):
-    """A convolution over frames, of stride 2 or after their return."""
-
-    def __init__(self, channels: int, stride: int):
-        super().__init__()
-        self.conv = nn.Conv1d(channels, channels, 3, stride=stride, padding=1)
-
-
-class Level(nn.Module):
-    """ResNets and a change of the number of frames."""
-
-    def __init__(self, channels, c_out: int, groups: int, down=False, up=False):
-        super().__init__()
-        self.resnets = nn.ModuleList([TemporalResNet(c, c_out, groups) for c in channels])
-        if down:
-            self.downsamplers = nn.ModuleList([Resize(c_out, 2)])
-        if up:
-            self.upsamplers = nn.ModuleList([Resize(c_out, 1)])
+def convolve(resnet: ResNet, x: Tensor) -> Tensor:
+    """The temporal one, [b * h * w, c_in, f] -> [b * h * w, c_out, f]."""
+    h = resnet.conv1_TempUnet(F.silu(resnet.norm1_TempUnet(x)))
+    return h + (x if resnet.conv_shortcut is None else resnet.conv_shortcut_TempUnet(x))
 
 
 class Unit(nn.Module):
-    """X_spa + 0.1 Attention(LayerNorm(X_tem)), then a 3-D convolution with residual (eq. 7)."""
+    """X_spa + SiLU(Conv3d(GroupNorm(X_spa + 0.1 X_att))), X_att attention with residual (eq. 7)."""
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
         self.attn_temp, self.norm_temp = Attention(dim, heads), nn.LayerNorm(dim)
-        self.norm, self.conv = nn.GroupNorm(8, dim), nn.Conv3d(dim, dim, 3, padding=1)
+        self.norm, self.conv_3d = nn.GroupNorm(8, dim), nn.Conv3d(dim, dim, 3, padding=1)
 
     def forward(self, x_spa: Tensor, x_tem: Tensor, without=()) -> Tensor:
         """Both [b, c, f, h, w], the temporal volume of any size."""
@@ -69,10 +47,10 @@ class Unit(nn.Module):
         x_tem = F.interpolate(x_tem, (f, h, w), mode="nearest")
         if "attention" not in without:
             tokens = x_tem.permute(0, 3, 4, 2, 1).reshape(b * h * w, f, c)
-            tokens = self.attn_temp(self.norm_temp(tokens))
+            tokens = tokens + self.attn_temp(self.norm_temp(tokens))
             x_tem = tokens.reshape(b, h, w, f, c).permute(0, 4, 3, 1, 2)
         x = x_spa + WEIGHT * x_tem
-        return x if "convolution" in without else x + F.silu(self.conv(self.norm(x)))
+        return x if "convolution" in without else x_spa + F.silu(self.conv_3d(self.norm(x)))
 
 
 class VideoUNet(tune_a_video.VideoUNet):
@@ -87,22 +65,15 @@ class VideoUNet(tune_a_video.VideoUNet):
 
     def __init__(self, channels, layers: int, heads: int, context: int, groups: int, how="math"):
         super().__init__(channels, layers, heads, context, groups, how)
-        top = len(channels) - 1
         self.conv_in_TempUnet = nn.Conv1d(4, channels[0], 7, padding=3)
-        self.down_blocks_TempUnet, self.up_blocks_TempUnet = nn.ModuleList(), nn.ModuleList()
-        skips, c = [channels[0]], channels[0]
-        for i, c_out in enumerate(channels):
-            sizes = [c] + [c_out] * (layers - 1)
-            self.down_blocks_TempUnet.append(Level(sizes, c_out, groups, down=i < top))
-            skips += [c_out] * (layers + (i < top))
-            c = c_out
-        self.mid_block_TempUnet = Level([c, c], c, groups)
-        for i, c_out in enumerate(reversed(channels)):
-            sizes = []
-            for _ in range(layers + 1):
-                sizes.append(c + skips.pop())
-                c = c_out
-            self.up_blocks_TempUnet.append(Level(sizes, c_out, groups, up=i < top))
+        for level in (*self.down_blocks, self.mid_block, *self.up_blocks):
+            for resnet in level.resnets:
+                widen(resnet)
+        for level, c in zip(self.down_blocks[:-1], channels, strict=False):
+            level.downsamplers[0].conv_TempUnet = nn.Conv1d(c, c, 3, stride=2, padding=1)
+        for level, c in zip(self.up_blocks[:-1], reversed(channels), strict=False):
+            conv = nn.Conv1d(c, c, 3, padding=1)
+            level.upsamplers[0].upsample_TempUnet = nn.ModuleList([nn.Identity(), conv])
         self.mid_stb_TempUnet = Unit(channels[-1], heads)
         self.up_stb_TempUnet = nn.ModuleList([Unit(c, heads) for c in reversed(channels)])
         # Built and never called in the published code too.
@@ -118,22 +89,22 @@ class VideoUNet(tune_a_video.VideoUNet):
 
         y = self.conv_in_TempUnet(x.permute(0, 3, 4, 1, 2).flatten(0, 2))
         skips, found = [y], []
-        for level in self.down_blocks_TempUnet:
+        for level in self.down_blocks:
             for resnet in level.resnets:
-                y = resnet(y)
+                y = convolve(resnet, y)
                 skips.append(y)
             if hasattr(level, "downsamplers"):
-                y = level.downsamplers[0].conv(y)
+                y = level.downsamplers[0].conv_TempUnet(y)
                 skips.append(y)
-        for resnet in self.mid_block_TempUnet.resnets:
-            y = resnet(y)
+        for resnet in self.mid_block.resnets:
+            y = convolve(resnet, y)
         found.append(volume(y))
-        for level in self.up_blocks_TempUnet:
+        for level in self.up_blocks:
             for resnet in level.resnets:
-                y = resnet(torch.cat([y, skips.pop()], 1))
+                y = convolve(resnet, torch.cat([y, skips.pop()], 1))
             if hasattr(level, "upsamplers"):
                 y = F.interpolate(y, skips[-1].shape[-1], mode="nearest")
-                y = level.upsamplers[0].conv(y)
+                y = level.upsamplers[0].upsample_TempUnet[1](y)
             found.append(volume(y))
         return found
 
@@ -159,5 +130,14 @@ class Reference(tune_a_video.Reference):
     dead = ("down_stb_TempUnet.",)
 
     def rename(self, name):
-        """Part X of the temporal U-Net is X_TempUnet."""
-        return re.sub(r"^temporal_unet\.(\w+)\.", r"\1_TempUnet.", super().rename(name))
+        """_TempUnet ends a unit's name, and that of each layer of the temporal U-Net."""
+        own = name.removeprefix("temporal_unet.")
+        if own == name:
+            return super().rename(name)
+        own = own.replace("attn_temp.norm.", "norm_temp.")
+        if "_stb." in own:
+            return own.replace("_stb.", "_stb_TempUnet.").replace(".conv.", ".conv_3d.")
+        layer, _, part = own.rpartition(".")
+        if "upsamplers" in layer:
+            return f"{layer.removesuffix('conv')}upsample_TempUnet.1.{part}"
+        return f"{layer}_TempUnet.{part}"

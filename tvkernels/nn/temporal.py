@@ -31,7 +31,7 @@ class TemporalAttention(nn.Module):
         dim: channels C.
         heads: attention heads; C must be a multiple.
         norm: a key of `NORMS`.
-        start: see `tvkernels.recipes.TemporalModule`; "random" is as torch draws all of it.
+        start: see `tvkernels.recipes.TemporalModule`.
     """
 
     linear_out: type[nn.Linear] = nn.Linear
@@ -47,8 +47,7 @@ class TemporalAttention(nn.Module):
         self.to_v = self.linear_out(dim, dim, bias=False)
         self.to_out = nn.ModuleList([self.linear_out(dim, dim), nn.Dropout(0.0)])
         out = self.to_out[0]
-        for zero in {"zero_weight": [out.weight], "zero_bias": [out.bias], "random": []}[start]:
-            nn.init.zeros_(zero)
+        nn.init.zeros_({"zero_weight": out.weight, "zero_bias": out.bias}[start])
 
     def forward(self, z: Tensor) -> Tensor:
         """[B, F, N, C] -> the same shape."""

@@ -1,9 +1,15 @@
 """TCVE's temporal U-Net and the units that join it to the spatial one (section IV-B).
 
-What paper and notes on the released code leave open, and what was decided:
+As the released code has it (resnet.py, unet.py, unet_blocks.py), where the paper leaves it open:
 
 - The temporal U-Net mirrors the spatial one (its channels, its ResNets per level, its skips), with
-  1-D convolutions over frames, no time embedding, no text, and never another size over space.
+  one 1-D convolution over frames in a ResNet, no time embedding, no text, and never another size
+  over space.
+- A unit's attention has a residual and starts at none; its 3-D convolution starts at zero and is
+  added to the spatial features alone, so that a unit is the identity at the start.
+
+And what was decided otherwise:
+
 - The code needs a multiple of 8 frames. Here halving rounds up, and upsampling returns to the
   length of the skip that follows.
 - The code also builds units for the down blocks and never calls them: dead weights, which its
@@ -11,8 +17,6 @@ What paper and notes on the released code leave open, and what was decided:
 - After its up blocks the code reshapes the temporal volume, which stays at the latents' size, by
   the height that the spatial branch has there: at height 16 of 64 it reads 64 x 64 as 16 x 256, so
   a position is joined to what happened elsewhere. Mended: positions stay where they are.
-- Attention is eq. 7, without a residual of its own; the 3-D convolution's residual is the fused
-  volume, so that a unit begins as X_spa + 0.1 X_tem.
 """
 
 from __future__ import annotations
@@ -49,26 +53,24 @@ def convolve(
 
 
 class TemporalResnet(nn.Module):
-    """Group norm, SiLU and a 1-D convolution over frames, twice, and a residual.
+    """Group norm, SiLU, a 1-D convolution over frames, and a residual.
 
     Args:
         channels, out: of what comes and what goes.
-        groups: of the norms.
+        groups: of the norm.
     """
 
     def __init__(self, channels: int, out: int, groups: int):
         super().__init__()
-        self.norm1, self.norm2 = nn.GroupNorm(groups, channels), nn.GroupNorm(groups, out)
+        self.norm1 = nn.GroupNorm(groups, channels)
         self.conv1 = nn.Conv1d(channels, out, 3, padding=1)
-        self.conv2 = nn.Conv1d(out, out, 3, padding=1)
         self.conv_shortcut = nn.Conv1d(channels, out, 1) if channels != out else None
 
     def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
         """[B, F, C, h, w], with a skip's channels behind its own -> [B, F, out, h, w]."""
         x = x if skip is None else torch.cat([x, skip], 2)
-        hidden = convolve(self.conv1, x, self.norm1)
         shortcut = x if self.conv_shortcut is None else convolve(self.conv_shortcut, x)
-        return convolve(self.conv2, hidden, self.norm2, residual=shortcut)
+        return convolve(self.conv1, x, self.norm1, residual=shortcut)
 
 
 class TemporalLevel(nn.Module):
@@ -92,12 +94,15 @@ class TemporalLevel(nn.Module):
 
 
 class SpatialTemporalUnit(nn.Module):
-    """X = X_spa + weight Attention(LayerNorm(X_tem)), then X + SiLU(Conv3d(GroupNorm(X))), eq. 7.
+    """X_spa + SiLU(Conv3d(GroupNorm(X_fuse))), X_fuse = X_spa + weight X_att (eq. 7).
+
+    X_att = X_tem + Attention(LayerNorm(X_tem)), over the frames of each position.
 
     Args:
         channels, heads: of both branches and of the attention.
         weight: lambda.
-        attention, convolution: whether there is either (table III).
+        attention: without it X_att is X_tem (table III).
+        convolution: without it X_fuse is the result (table III).
     """
 
     def __init__(
@@ -105,7 +110,7 @@ class SpatialTemporalUnit(nn.Module):
     ):
         super().__init__()
         self.weight = weight
-        self.attn_temp = TemporalAttention(channels, heads, start="random") if attention else None
+        self.attn_temp = TemporalAttention(channels, heads) if attention else None
         self.norm = self.conv = None
         if convolution:
             self.norm = nn.GroupNorm(GROUPS, channels)
@@ -121,16 +126,15 @@ class SpatialTemporalUnit(nn.Module):
         if self.attn_temp is not None:
             # Before frames stand for others: where each stands for as many, softmax over all of
             # them is softmax over the real ones.
-            tokens = temporal.flatten(3).transpose(2, 3)
-            attended = self.attn_temp.attend(tokens)
+            attended = self.attn_temp(temporal.flatten(3).transpose(2, 3))
             temporal = attended.transpose(2, 3).unflatten(3, temporal.shape[3:])
         x = fuse(spatial, temporal, self.weight)
         if self.conv is None:
             return x
         norm = self.norm
-        hidden = x.to(norm.weight.dtype)  # another one under autocast alone
-        hidden = clip_group_norm(hidden, norm.weight, norm.bias, norm.num_groups, eps=norm.eps)
-        return x + F.silu(self.conv(hidden.transpose(1, 2))).transpose(1, 2)
+        x = x.to(norm.weight.dtype)  # another one under autocast alone
+        x = clip_group_norm(x, norm.weight, norm.bias, norm.num_groups, eps=norm.eps)
+        return spatial + F.silu(self.conv(x.transpose(1, 2))).transpose(1, 2)
 
 
 class Sum(nn.Module):
