@@ -34,7 +34,7 @@ def convolve(resnet: ResNet, x: Tensor) -> Tensor:
 
 
 class Unit(nn.Module):
-    """X_spa + SiLU(Conv3d(GroupNorm(X_spa + 0.1 X_att))), X_att attention with residual (eq. 7)."""
+    """X_spa + SiLU(Conv3d(GroupNorm(X_spa + 0.1 X_att))), X_att with residual (eq. 7)."""
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
