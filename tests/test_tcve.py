@@ -215,7 +215,7 @@ NAMES = {
     "down_blocks.0.resnets.0.norm1_TempUnet.bias": "down_blocks.0.resnets.0.norm1.bias",
     "down_blocks.1.resnets.0.conv_shortcut_TempUnet.weight":
         "down_blocks.1.resnets.0.conv_shortcut.weight",
-    "down_blocks.0.downsamplers.0.conv_TempUnet.weight": "down_blocks.0.downsamplers.0.conv.weight",
+    "down_blocks.0.downsamplers.0.conv_TempUnet.bias": "down_blocks.0.downsamplers.0.conv.bias",
     "mid_block.resnets.1.conv1_TempUnet.weight": "mid_block.resnets.1.conv1.weight",
     "up_blocks.3.resnets.2.conv1_TempUnet.bias": "up_blocks.3.resnets.2.conv1.bias",
     "up_blocks.0.upsamplers.0.upsample_TempUnet.1.weight": "up_blocks.0.upsamplers.0.conv.weight",

@@ -70,8 +70,8 @@ FRAME_BY_FRAME = Recipe("frame-by-frame", "Stable Diffusion", FramePattern.own()
 
 # Parity decided on purpose, as the public code has it: group norms of the 5-D ResNets pool over
 # frames; attn_temp.to_out starts with a zero weight but a random bias, so the inflated UNet is not
-# an exact identity at the start; attn_temp has neither positions nor mask. Tuned otherwise: the norm
-# before attn_temp, new as the rest of it, which the script's list of names leaves frozen.
+# an exact identity at the start; attn_temp has neither positions nor mask. Tuned otherwise: the
+# norm before attn_temp, new as the rest of it, which the script's list of names leaves frozen.
 TUNE_A_VIDEO = Recipe(
     "tune-a-video",
     "Tune-A-Video, ICCV 2023; github.com/showlab/Tune-A-Video attention.py, resnet.py",
