@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tvkernels import guided_ddim_step
 from tvkernels._ranges import each_step, span
-from tvkernels.pipelines.cache import Cache, content_key
+from tvkernels.pipelines.cache import Cache, adapters, content_key
 from tvkernels.pipelines.common import ddim_table
 from tvkernels.pipelines.masks import FLOORS, GivenMask, WordMask, latent_mask
 from tvkernels.pipelines.one_shot import OneShotPipeline, Settings
@@ -144,18 +144,18 @@ class BlendedDiffusionPipeline(OneShotPipeline):
         steps = self.settings.steps if num_inference_steps is None else num_inference_steps
         latents = self._encode_video(video, decode_chunk_size)
         looks = self.settings.mask == "words" and self.runner.backend in MAPPING
+        timesteps, rows = ddim_table(self.inverse_scheduler, steps, 1.0, latents.device)
         key = None
         if cache is not None and self._tuned_key is not None:
             key = content_key(
-                tuned=self._tuned_key, latents=latents, steps=steps, prompt=prompt,
-                maps=looks and self.settings.levels,
+                tuned=self._tuned_key, latents=latents, times=timesteps, rows=rows, prompt=prompt,
+                maps=looks and self.settings.levels, adapters=adapters(self.unet),
             )  # fmt: skip
             kept = cache.load(key)
             if kept is not None:
                 return self._keep(prompt, kept["latents"].to(latents), kept.get("maps"))
         words = range(len(prompt_tokens(self.tokenizer, prompt))) if looks else None
         text = self.runner.text(self._encode_prompts([prompt]))
-        timesteps, rows = ddim_table(self.inverse_scheduler, steps, 1.0, latents.device)
         path, maps = [latents], []
         pairs = zip(self.runner.times(timesteps), rows, strict=True)
         with span("method", "invert"), self.progress_bar(total=steps) as bar:

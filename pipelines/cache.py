@@ -86,9 +86,28 @@ def content_key(**parts: Any) -> str:
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:32]
 
 
+def adapters(module: torch.nn.Module) -> str:
+    """What LoRA and its kin add to a module, and how much of it counts; "" where there is none."""
+    found = [
+        (name, layer) for name, layer in module.named_modules()
+        if hasattr(layer, "base_layer") and hasattr(layer, "active_adapters")
+    ]  # fmt: skip
+    added = {
+        f"{name}.{part}": tensor
+        for name, layer in found
+        for part, tensor in layer.state_dict().items()
+        if not part.startswith("base_layer.")
+    }
+    counts = [
+        (name, layer.active_adapters, layer.disable_adapters, getattr(layer, "scaling", None))
+        for name, layer in found
+    ]
+    return f"{fingerprint(added)} {counts!r}" if found else ""
+
+
 def _describe(part: Any) -> Any:
     if isinstance(part, Tensor):
         return fingerprint({"": part})
     if isinstance(part, torch.nn.Module):
-        return fingerprint(part.state_dict())
+        return fingerprint(part.state_dict()) + adapters(part)
     return part if isinstance(part, (str, int, float, bool, type(None))) else repr(part)

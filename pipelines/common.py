@@ -27,10 +27,13 @@ def ddim_schedulers(scheduler) -> tuple[DDIMScheduler, DDIMInverseScheduler]:
     """DDIM and its inversion with a model's own noise schedule.
 
     From the model's configuration: the constructors' defaults clip samples and end at alpha 1,
-    which no SD-1.x model was trained with.
+    which no SD-1.x model was trained with. Of timesteps, "leading" stands in for "linspace",
+    which DDIM's inversion does not have.
     """
     config = dict(scheduler.config)
     ours = {"clip_sample": False, "set_alpha_to_one": False}
+    if config.get("timestep_spacing") == "linspace":
+        ours["timestep_spacing"] = "leading"
     # from_config drops what its list says was left at a default, ours too if it stands there.
     left = [name for name in config.get("_use_default_values", ()) if name not in ours]
     config.update(ours, _use_default_values=left)
@@ -70,10 +73,11 @@ def frames_to_tensor(video, multiple: int) -> Tensor:
     """A clip as float32 [F, 3, H, W] in [-1, 1].
 
     Args:
-        video: uint8 [F, H, W, 3], PIL images, or a float tensor [F, 3, H, W] in [0, 1].
+        video: uint8 [F, H, W, 3], PIL images, or a tensor [F, 3, H, W], float in [0, 1] or uint8.
         multiple: what both sides must divide by.
     Raises:
-        ValueError: no frames, frames of several sizes, or sides that do not divide.
+        ValueError: no frames, frames of several sizes, sides that do not divide, or values outside
+            of [0, 1].
     """
     if isinstance(video, Sequence) and len(video) and isinstance(video[0], PIL.Image.Image):
         sizes = {frame.size for frame in video}
@@ -81,15 +85,22 @@ def frames_to_tensor(video, multiple: int) -> Tensor:
             raise ValueError(f"the frames have several sizes: {sorted(sizes)}")
         video = np.stack([np.asarray(frame.convert("RGB")) for frame in video])
     if isinstance(video, np.ndarray) and video.dtype == np.uint8 and video.ndim == 4:
-        video = torch.from_numpy(np.ascontiguousarray(video)).permute(0, 3, 1, 2).float().div_(255)
+        video = torch.from_numpy(np.ascontiguousarray(video)).permute(0, 3, 1, 2)
     if not isinstance(video, Tensor) or video.dim() != 4 or video.shape[1] != 3 or not len(video):
         raise ValueError(
-            "video must be uint8 [F, H, W, 3], PIL images, or a float tensor [F, 3, H, W] "
-            "in [0, 1], with one frame or more"
+            "video must be uint8 [F, H, W, 3], PIL images, or a tensor [F, 3, H, W], float in "
+            "[0, 1] or uint8, with one frame or more"
         )
+    if video.dtype == torch.uint8:
+        video = video.float().div_(255)
     h, w = video.shape[2:]
     if h % multiple or w % multiple or not h * w:
         raise ValueError(f"frames of {w}x{h} pixels: both sides must be multiples of {multiple}")
+    low, high = video.aminmax()
+    if not (video.is_floating_point() and low >= 0 and high <= 1):
+        raise ValueError(
+            f"values of {video.dtype} in [{low:.4g}, {high:.4g}]: give a clip as floats in [0, 1]"
+        )
     return (video.float() * 2).sub_(1)
 
 
@@ -119,7 +130,13 @@ def decode_latents(vae, latents: Tensor, chunk: int = 8) -> Tensor:
 
 @torch.no_grad()
 def encode_text(tokenizer, text_encoder, prompts: list[str]) -> Tensor:
-    """Text states [B, L, C] of B prompts; longer ones are cut at the tokenizer's length."""
+    """Text states [B, L, C] of B prompts; longer ones are cut at the tokenizer's length.
+
+    Raises:
+        ValueError: a prompt that is no string.
+    """
+    if not all(isinstance(prompt, str) for prompt in prompts):
+        raise ValueError(f"a prompt is one string, not {prompts!r}: edit clips one by one")
     tokens = tokenizer(
         prompts,
         padding="max_length",

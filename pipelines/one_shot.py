@@ -7,19 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline
 from diffusers.utils.torch_utils import randn_tensor
 from diffusers.video_processor import VideoProcessor
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import tvkernels
 from tvkernels import guided_ddim_step, inflate
+from tvkernels._files import atomic_path
 from tvkernels._inflate import is_tuned
 from tvkernels._ranges import each_step, span, watch
-from tvkernels.pipelines.cache import Cache, content_key
+from tvkernels.pipelines.cache import Cache, adapters, content_key
 from tvkernels.pipelines.checks import check_unet
 from tvkernels.pipelines.common import (
     VideoEditOutput,
@@ -32,6 +35,8 @@ from tvkernels.pipelines.common import (
 )
 from tvkernels.recipes import Recipe
 from tvkernels.runtime import accelerate
+
+TUNED = "-tuned.safetensors"  # behind the recipe's name
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,7 @@ class OneShotPipeline(DiffusionPipeline):
 
     Args:
         vae, text_encoder, tokenizer, unet, scheduler: of an SD-1.x model in diffusers' layout; any
-            scheduler, whose noise schedule DDIM then follows.
+            scheduler, whose noise schedule DDIM then follows, and so for one that is set later.
         settings: other numbers than the method's own.
         backend: of frame_attention.
         attention: another library's, see `tvkernels.inflate`.
@@ -83,16 +88,15 @@ class OneShotPipeline(DiffusionPipeline):
     ):  # fmt: skip
         super().__init__()
         check_unet(unet.config)
-        forward, self.inverse_scheduler = ddim_schedulers(scheduler)
         self.register_modules(
-            vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=forward
+            vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler
         )
         self.settings = settings or type(self).settings
         self.backend, self.attention = backend, attention
         self.video_processor = VideoProcessor(do_resize=False)
         watch(vae)
         self.inverted: Tensor | None = None
-        self._interrupt = False
+        self._interrupt, self.num_timesteps = False, 0
         self._shape: torch.Size | None = None
         self._tuned_key: str | None = None
         self.handle = None
@@ -142,11 +146,56 @@ class OneShotPipeline(DiffusionPipeline):
             raise
         return self
 
+    def __setattr__(self, name: str, value) -> None:
+        if name == "scheduler":  # another one is another noise schedule of the same DDIM
+            value, self.inverse_scheduler = ddim_schedulers(value)
+        super().__setattr__(name, value)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """As diffusers has it; from a folder that `save_pretrained` wrote, with what was tuned.
+
+        Raises:
+            ValueError: what was tuned does not fit the UNet.
+        """
+        pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        path = Path(pretrained_model_name_or_path) / f"{pipe.settings.recipe.name}{TUNED}"
+        if path.is_file():
+            pipe.handle.load_tuned_state(load_file(path))
+            pipe.runner.weights_changed()
+        return pipe
+
+    def save_pretrained(self, save_directory, *args, **kwargs) -> None:
+        """As diffusers has it: a plain SD-1.x model, its UNet as it was loaded.
+
+        What the recipe added and `fit` tuned stands beside it, in a file that `from_pretrained` of
+        a pipeline with the same recipe reads and others leave alone.
+        """
+        state = self.handle.tuned_state()
+        if state:
+            path = Path(save_directory) / f"{self.settings.recipe.name}{TUNED}"
+            with atomic_path(path, OSError) as temporary:
+                save_file({name: t.cpu().contiguous() for name, t in state.items()}, temporary)
+        self.handle.remove()
+        try:
+            super().save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            self._inflate(torch.Generator().manual_seed(0))
+            self.handle.load_tuned_state(state)
+            self.runner.weights_changed()
+
+    def enable_sequential_cpu_offload(self, *args, **kwargs):
+        """Refused: it moves layers one by one, and the kernels read several layers' weights."""
+        raise ValueError(
+            "layers cannot be offloaded one by one, fused kernels read several at once: "
+            "use enable_model_cpu_offload()"
+        )
+
     def _encode_video(self, video, chunk: int) -> Tensor:
         pixels = frames_to_tensor(video, self.multiple)
         latents = encode_frames(self.vae, pixels.to(self._execution_device), chunk)
         self.maybe_free_model_hooks()  # an offloaded VAE stays no longer than it works
-        return latents
+        return latents.to(self.unet.dtype)
 
     def fit(
         self,
@@ -180,29 +229,33 @@ class OneShotPipeline(DiffusionPipeline):
         if steps and not self.settings.recipe.tuned:
             raise ValueError(f"{self.settings.recipe.name} tunes nothing: leave num_steps out")
         rate = self.settings.learning_rate if learning_rate is None else learning_rate
-        self.handle.remove()
-        latents = self._encode_video(video, decode_chunk_size)
-        key = None
-        if cache is not None:
-            key = self._content_key(latents, prompt, steps, rate, generator)
-        self._shape, self._tuned_key, self.inverted = latents.shape, key, None
-        self._inflate(generator)
-        if not steps:
-            return self
-        if self.unet.dtype == torch.float16:
+        if steps and self.unet.dtype == torch.float16:
             raise ValueError("float16 cannot be tuned: load the model with dtype=torch.float32")
-        state = cache.load(key) if cache is not None else None
-        if state is None:
+        latents = self._encode_video(video, decode_chunk_size)
+        key = self._tuned_key = self.inverted = None  # until it is tuned to its end
+        self.handle.remove()
+        try:
+            if cache is not None:
+                key = self._content_key(latents, prompt, steps, rate, generator)
+        finally:
+            self._inflate(generator)
+        state = cache.load(key) if steps and cache is not None else None
+        if state is not None:
+            self.handle.load_tuned_state(state)
+        elif steps:
             if gradient_checkpointing:
                 self.unet.enable_gradient_checkpointing()
-            self._tune(latents, prompt, steps, rate, generator)
-            if gradient_checkpointing:
-                self.unet.disable_gradient_checkpointing()
+            try:
+                self._tune(latents, prompt, steps, rate, generator)
+            finally:
+                if gradient_checkpointing:
+                    self.unet.disable_gradient_checkpointing()
+                self.unet.eval()
+                self.runner.weights_changed()
             if cache is not None:
                 cache.save(key, self.handle.tuned_state())
-        else:
-            self.handle.load_tuned_state(state)
         self.runner.weights_changed()
+        self._shape, self._tuned_key = latents.shape, key
         return self
 
     def _content_key(self, latents, prompt, steps, rate, generator) -> str:
@@ -221,7 +274,10 @@ class OneShotPipeline(DiffusionPipeline):
         if not any(is_tuned(f"attn2.to_{kind}", self.settings.recipe) for kind in "kv"):
             text = self.runner.text(text)
         parameters = list(self.handle.tuned_parameters().values())
-        optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=self.settings.weight_decay)
+        # In bfloat16 most updates are smaller than the weight's last bit: they add up in float32.
+        wide = [p if p.dtype != torch.bfloat16 else p.detach().float() for p in parameters]
+        narrow = [(p, copy) for p, copy in zip(parameters, wide, strict=True) if copy is not p]
+        optimizer = torch.optim.AdamW(wide, lr=rate, weight_decay=self.settings.weight_decay)
         self.unet.train()
         last = self.scheduler.config.num_train_timesteps
         with span("method", "tune"), self.progress_bar(total=steps) as bar:
@@ -233,11 +289,15 @@ class OneShotPipeline(DiffusionPipeline):
                 loss = F.mse_loss(self._unet(noisy, t, text, frames).float(), noise.float())
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+                for parameter, copy in narrow:
+                    if parameter.grad is not None:
+                        copy.grad, parameter.grad = parameter.grad.float(), None
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
+                for parameter, copy in narrow:
+                    parameter.data.copy_(copy)
                 bar.set_postfix(loss=f"{loss.item():.4f}")
                 bar.update()
-        self.unet.eval()
 
     @torch.no_grad()
     def invert(
@@ -260,15 +320,18 @@ class OneShotPipeline(DiffusionPipeline):
         """
         steps = self.settings.steps if num_inference_steps is None else num_inference_steps
         latents = self._encode_video(video, decode_chunk_size)
+        timesteps, rows = ddim_table(self.inverse_scheduler, steps, 1.0, latents.device)
         key = None
         if cache is not None and self._tuned_key is not None:
-            key = content_key(tuned=self._tuned_key, latents=latents, steps=steps)
+            key = content_key(
+                tuned=self._tuned_key, latents=latents, times=timesteps, rows=rows,
+                adapters=adapters(self.unet),
+            )  # fmt: skip
             kept = cache.load(key)
             if kept is not None:
                 self.inverted = kept["latents"].to(latents)
                 return self.inverted
         text = self.runner.text(self._encode_prompts([self.settings.inversion_prompt]))
-        timesteps, rows = ddim_table(self.inverse_scheduler, steps, 1.0, latents.device)
         times = self.runner.times(timesteps)
         with span("method", "invert"), self.progress_bar(total=steps) as bar:
             for time, row in each_step(zip(times, rows, strict=True)):
@@ -289,7 +352,7 @@ class OneShotPipeline(DiffusionPipeline):
         latents: Tensor | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
-        negative_prompt: str = "",
+        negative_prompt: str | None = None,
         generator: torch.Generator | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
@@ -307,7 +370,7 @@ class OneShotPipeline(DiffusionPipeline):
                 the clip that `fit` saw.
             num_inference_steps, guidance_scale: in place of the settings'; guidance 1 or less
                 samples without the unconditional half.
-            negative_prompt: what the unconditional half is told.
+            negative_prompt: what the unconditional half is told; None tells it nothing.
             generator: draws that fresh noise; DDIM itself draws nothing.
             output_type: "pil", "np", "pt" or "latent".
             return_dict: a `VideoEditOutput`, else a tuple of its frames.
@@ -321,7 +384,9 @@ class OneShotPipeline(DiffusionPipeline):
         Raises:
             ValueError: nothing to start from, or unknown callback inputs or output type.
         """
-        self._check_call(callback_on_step_end_tensor_inputs, output_type)
+        wanted = self._check_call(
+            callback_on_step_end, callback_on_step_end_tensor_inputs, output_type
+        )
         steps = self.settings.steps if num_inference_steps is None else num_inference_steps
         guidance = self.settings.guidance if guidance_scale is None else guidance_scale
         if video is not None:
@@ -333,38 +398,42 @@ class OneShotPipeline(DiffusionPipeline):
             if self._shape is None:
                 raise ValueError("nothing to edit: pass video= or latents=, or invert() first")
             latents = randn_tensor(self._shape, generator, self._execution_device)
-        self._interrupt = False
+        self._interrupt, self.num_timesteps = False, steps
         guided = guidance > 1
-        prompts = [negative_prompt, prompt] if guided else [prompt]
+        prompts = [negative_prompt or "", prompt] if guided else [prompt]
         prompt_embeds = self._encode_prompts(prompts)
         latents = latents.to(self._execution_device, prompt_embeds.dtype)
         timesteps, rows = ddim_table(self.scheduler, steps, guidance, latents.device)
-        times, text, projected = self.runner.times(timesteps), None, None
+        times, text = self.runner.times(timesteps), None
         with span("method", "sample"), self.progress_bar(total=steps) as bar:
             for i, t in enumerate(each_step(timesteps)):
                 if self.interrupt:
                     continue
-                if projected is not prompt_embeds:  # the first time, and where a callback gave new
-                    text, projected = self.runner.text(prompt_embeds), prompt_embeds
+                if text is None:
+                    text = self.runner.text(prompt_embeds)
                 latents = self._update(i, latents, times[i], text, rows[i], split_guidance)
                 if callback_on_step_end is not None:
                     latents, prompt_embeds = self._call_back(
-                        callback_on_step_end, callback_on_step_end_tensor_inputs, i, t,
+                        callback_on_step_end, wanted, i, t,
                         latents=latents, prompt_embeds=prompt_embeds,
                     )  # fmt: skip
+                    text = None if "prompt_embeds" in wanted else text  # it may be another
                 bar.update()
         frames = self._decode(latents, output_type, decode_chunk_size)
         self.maybe_free_model_hooks()
         return VideoEditOutput(frames=frames) if return_dict else (frames,)
 
-    def _check_call(self, callback_inputs: Sequence[str], output_type: str) -> None:
-        unknown = set(callback_inputs) - set(self._callback_tensor_inputs)
+    def _check_call(self, callback, wanted: Sequence[str], output_type: str) -> Sequence[str]:
+        """The tensors that the callback is given: diffusers' own callbacks name theirs."""
+        wanted = getattr(callback, "tensor_inputs", wanted)
+        unknown = set(wanted) - set(self._callback_tensor_inputs)
         if unknown:
             raise ValueError(
                 f"callback inputs {sorted(unknown)} are not among {self._callback_tensor_inputs}"
             )
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"unknown output_type {output_type!r}: use pil, np, pt or latent")
+        return wanted
 
     def _call_back(self, callback: Callable, wanted: Sequence[str], i: int, t, **tensors) -> list:
         """The tensors after step i, in their order: what the callback gave, or as they were."""

@@ -87,7 +87,8 @@ class StableVideoPipeline(OneShotPipeline):
     """Edits a clip through its layered atlas: `fit`, then call with the new prompt.
 
     Args:
-        vae, text_encoder, tokenizer, unet, scheduler, settings, backend: as for `OneShotPipeline`.
+        vae, text_encoder, tokenizer, unet, scheduler, settings, backend, attention: as for
+            `OneShotPipeline`.
         controlnet_canny: diffusers' `ControlNetModel` for the foreground's key frames, or None.
         controlnet_depth: the same for the background, or None; needs `depth_estimator`.
         depth_estimator: of transformers, [1, 3, H, W] -> `predicted_depth` [1, h, w].
@@ -102,9 +103,11 @@ class StableVideoPipeline(OneShotPipeline):
 
     def __init__(
         self, vae, text_encoder, tokenizer, unet, scheduler, settings=None, backend="auto",
-        controlnet_canny=None, controlnet_depth=None, depth_estimator=None,
+        attention=None, controlnet_canny=None, controlnet_depth=None, depth_estimator=None,
     ):  # fmt: skip
-        super().__init__(vae, text_encoder, tokenizer, unet, scheduler, settings, backend)
+        super().__init__(
+            vae, text_encoder, tokenizer, unet, scheduler, settings, backend, attention
+        )
         if controlnet_depth is not None and depth_estimator is None:
             raise ValueError("controlnet_depth needs a depth_estimator, which makes its maps")
         for name, chosen, known in (
@@ -217,7 +220,7 @@ class StableVideoPipeline(OneShotPipeline):
         video=None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
-        negative_prompt: str = "",
+        negative_prompt: str | None = None,
         generator: torch.Generator | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
@@ -241,7 +244,9 @@ class StableVideoPipeline(OneShotPipeline):
             ValueError: nothing fitted, a number of prompts other than of layers, or unknown
                 callback inputs or output type.
         """
-        self._check_call(callback_on_step_end_tensor_inputs, output_type)
+        wanted = self._check_call(
+            callback_on_step_end, callback_on_step_end_tensor_inputs, output_type
+        )
         if video is not None:
             self.fit(video, generator=generator)
         if self.atlas is None:
@@ -257,8 +262,8 @@ class StableVideoPipeline(OneShotPipeline):
         job = _Job(
             self,
             self.settings.steps if num_inference_steps is None else num_inference_steps,
-            self.settings.guidance if guidance_scale is None else guidance_scale, negative_prompt,
-            generator, callback_on_step_end, callback_on_step_end_tensor_inputs, split_guidance,
+            self.settings.guidance if guidance_scale is None else guidance_scale,
+            negative_prompt or "", generator, callback_on_step_end, wanted, split_guidance,
         )  # fmt: skip
         edited = {i: self._edit_layer(i, text, job) for i, text in enumerate(told) if text}
         if background_prompt:
@@ -385,7 +390,7 @@ class _Job:
         Where the layer is not, by `alpha`, the latents are held to the picture's own.
         """
         pipe, net = self.pipe, self.pipe.controlnets[kind]
-        clean = pipe._encode_video(picture[None], 1).to(pipe.unet.dtype)
+        clean = pipe._encode_video(picture[None], 1)
         guided = self.guidance > 1
         prompt_embeds = pipe._encode_prompts([self.negative, prompt] if guided else [prompt])
         timesteps, rows = ddim_table(pipe.scheduler, self.steps, self.guidance, clean.device)
@@ -404,13 +409,13 @@ class _Job:
         hint = None
         if net is not None:
             hint = net.controlnet_cond_embedding(condition.to(clean.dtype))
-        times, text, projected = pipe.runner.times(timesteps), None, None
+        times, text = pipe.runner.times(timesteps), None
         with span("method", "sample"), pipe.progress_bar(total=self.steps - first) as bar:
             for i in each_step(range(first, self.steps)):
                 if pipe.interrupt:
                     continue
-                if projected is not prompt_embeds:
-                    text, projected = pipe.runner.text(prompt_embeds), prompt_embeds
+                if text is None:
+                    text = pipe.runner.text(prompt_embeds)
                 if net is None:
                     predicted = pipe._predict(latents, times[i], text, self.split)[0]
                 else:
@@ -422,6 +427,7 @@ class _Job:
                         self.callback, self.wanted, self.done, timesteps[i],
                         latents=latents, prompt_embeds=prompt_embeds,
                     )  # fmt: skip
+                    text = None if "prompt_embeds" in self.wanted else text
                 self.done += 1
                 bar.update()
         return pipe._decode(latents, "pt", 1)[0, 0]

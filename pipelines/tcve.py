@@ -25,19 +25,20 @@ class TCVEPipeline(OneShotPipeline):
         paper: the form that the paper writes, a plain 2-D UNet that stays frozen beside the tuned
             temporal U-Net and units; by default the published code's, Tune-A-Video's UNet tuned
             along with them.
-        settings, backend: and the models, as for `OneShotPipeline`.
+        settings, backend, attention: and the models, as for `OneShotPipeline`.
     """
 
     settings = SETTINGS
 
     def __init__(
         self, vae, text_encoder, tokenizer, unet, scheduler,
-        settings: Settings | None = None, backend: str = "auto", paper: bool = False,
+        settings: Settings | None = None, backend: str = "auto", attention: str | None = None,
+        paper: bool = False,
     ):  # fmt: skip
         settings = settings or type(self).settings
         if paper:
             settings = replace(settings, recipe=TCVE_PAPER)
         super().__init__(
             vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet,
-            scheduler=scheduler, settings=settings, backend=backend,
+            scheduler=scheduler, settings=settings, backend=backend, attention=attention,
         )  # fmt: skip

@@ -6,6 +6,8 @@ import dataclasses
 import inspect
 import json
 import logging
+from functools import partial
+from shutil import copytree
 
 import numpy as np
 import PIL.Image
@@ -15,10 +17,13 @@ from diffusers import (
     AutoencoderKL,
     DDIMInverseScheduler,
     DDIMScheduler,
+    EulerDiscreteScheduler,
     PNDMScheduler,
     StableDiffusionPipeline,
     UNet2DConditionModel,
+    UniPCMultistepScheduler,
 )
+from diffusers.callbacks import SDCFGCutoffCallback
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from tvkernels.demo import MODEL_DIR
@@ -275,6 +280,165 @@ def test_callback_sees_and_changes_tensors_and_interrupt_leaves_the_loop(load, c
     assert not out.frames.any()
     with pytest.raises(ValueError, match="latnts"):
         pipe("", callback_on_step_end_tensor_inputs=["latnts"])
+
+
+def test_diffusers_own_callback_cuts_guidance_off_and_what_it_changes_in_place_counts(load, clip):
+    pipe = load("frame-by-frame")
+    start = pipe.invert(clip, num_inference_steps=4)
+    options = {"num_inference_steps": 4, "output_type": "latent"}
+    cut = SDCFGCutoffCallback(cutoff_step_ratio=0.5)
+    found = pipe("a star", latents=start, callback_on_step_end=cut, **options).frames
+
+    def by_hand(pipe, step, timestep, tensors):
+        return {"prompt_embeds": tensors["prompt_embeds"][-1:]} if step == 2 else {}
+
+    wanted = {"callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
+    expected = pipe("a star", latents=start, callback_on_step_end=by_hand, **wanted, **options)
+    assert torch.equal(found, expected.frames) and pipe.num_timesteps == 4
+    assert not torch.equal(found, pipe("a star", latents=start, **options).frames)
+
+    def in_place(pipe, step, timestep, tensors):
+        tensors["prompt_embeds"].zero_()
+        return tensors
+
+    def anew(pipe, step, timestep, tensors):
+        return {"prompt_embeds": torch.zeros_like(tensors["prompt_embeds"])}
+
+    changed, expected = (
+        pipe("a star", latents=start, callback_on_step_end=callback, **wanted, **options).frames
+        for callback in (in_place, anew)
+    )
+    assert torch.equal(changed, expected) and not torch.equal(changed, found)
+
+
+def test_prompts_are_strings_and_none_is_no_negative_one(load, clip):
+    pipe = load("frame-by-frame")
+    start = pipe.invert(clip, num_inference_steps=1)
+    run = partial(pipe, latents=start, num_inference_steps=1, output_type="latent")
+    assert torch.equal(run("a star", negative_prompt=None).frames, run("a star").frames)
+    with pytest.raises(ValueError, match="a prompt is one string"):
+        run(["a star", "a ring"])
+
+
+def test_a_uint8_tensor_is_a_clip_and_other_ranges_are_refused(load, clip):
+    pipe = load("frame-by-frame")
+    expected = pipe.invert(clip, num_inference_steps=1)
+    tensor = torch.from_numpy(clip).permute(0, 3, 1, 2)
+    assert torch.equal(pipe.invert(tensor, num_inference_steps=1), expected)
+    for video in (tensor.float(), tensor / 127.5 - 1, tensor.long(), tensor / 255 * float("nan")):
+        with pytest.raises(ValueError, match="give a clip as floats in .0, 1."):
+            pipe.invert(video)
+
+
+def test_any_scheduler_given_first_or_later_is_its_noise_schedule(load, clip, folder, tmp_path):
+    ours = load("frame-by-frame")
+    expected = ours.invert(clip, num_inference_steps=3)
+    copytree(folder, tmp_path / "model")
+    euler = EulerDiscreteScheduler.from_config(ours.scheduler.config, timestep_spacing="linspace")
+    euler.save_pretrained(tmp_path / "model" / "scheduler")
+    index = json.loads((tmp_path / "model" / "model_index.json").read_text())
+    index["scheduler"][1] = "EulerDiscreteScheduler"
+    (tmp_path / "model" / "model_index.json").write_text(json.dumps(index))
+    loaded = pipeline_class("frame-by-frame").from_pretrained(tmp_path / "model")
+    loaded.set_progress_bar_config(disable=True)
+    assert torch.equal(loaded.invert(clip, num_inference_steps=3), expected)
+    for other in (UniPCMultistepScheduler, PNDMScheduler):
+        ours.scheduler = other.from_config(ours.scheduler.config)
+        assert type(ours.scheduler) is DDIMScheduler
+        assert torch.equal(ours.invert(clip, num_inference_steps=3), expected)
+    ours.scheduler = DDIMScheduler.from_config(ours.scheduler.config, timestep_spacing="trailing")
+    assert ours.inverse_scheduler.config.timestep_spacing == "trailing"
+    assert not torch.equal(ours.invert(clip, num_inference_steps=3), expected)
+
+
+def test_the_vae_may_be_wider_than_the_unet(load, clip):
+    pipe = load("frame-by-frame").to(torch.bfloat16)
+    pipe.vae.to(torch.float32)
+    assert pipe.invert(clip, num_inference_steps=1).dtype == torch.bfloat16
+    assert pipe("x", num_inference_steps=1, output_type="pt").frames.isfinite().all()
+
+
+def test_layers_are_not_offloaded_one_by_one(load):
+    with pytest.raises(ValueError, match="use enable_model_cpu_offload"):
+        load().enable_sequential_cpu_offload()
+
+
+def test_construction_leaves_torchs_generators_alone(load, monkeypatch):
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: pytest.fail("all devices are seeded"))
+    before = torch.get_rng_state()
+    load()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("method", ["ei2", "tcve", "frame-by-frame"])
+def test_what_is_saved_is_the_plain_model_and_what_was_tuned(load, clip, method, folder, tmp_path):
+    pipe = load(method)
+    steps = {"num_steps": 2, "learning_rate": 1e-2} if method != "frame-by-frame" else {}
+    pipe.fit(clip, PROMPT, generator=seeded(), **steps)
+    start = pipe.invert(clip, num_inference_steps=2)
+    options = {"latents": start, "num_inference_steps": 2, "output_type": "latent"}
+    expected = pipe("a star", **options).frames
+    pipe.save_pretrained(tmp_path)
+    assert torch.equal(pipe("a star", **options).frames, expected)
+    again = pipeline_class(method).from_pretrained(tmp_path)
+    assert torch.equal(again("a star", **options).frames, expected)
+    plain, loaded = (
+        StableDiffusionPipeline.from_pretrained(path, safety_checker=None).unet.state_dict()
+        for path in (folder, tmp_path)
+    )
+    assert plain.keys() == loaded.keys()
+    assert all(torch.equal(plain[name], tensor) for name, tensor in loaded.items())
+    again.fit(clip, PROMPT, generator=seeded(), **steps)  # from the model as it was
+    assert torch.equal(again("a star", **options).frames, expected)
+    pipeline_class("tune-a-video").from_pretrained(tmp_path)
+
+
+def test_small_updates_add_up_in_bfloat16(load, clip):
+    """One of 3e-5 is less than half the last bit of a weight of 0.01."""
+    pipe = load().to(torch.bfloat16)
+    pipe.fit(clip, PROMPT, num_steps=0)
+    before = pipe.handle.tuned_state()
+    pipe.fit(clip, PROMPT, num_steps=20, learning_rate=3e-5, generator=seeded())
+    name = next(n for n in before if n.endswith("attn1.to_q.weight"))
+    large = before[name].abs() > 0.02
+    moved = before[name][large] != pipe.handle.tuned_state()[name][large]
+    assert large.sum() > 50 and moved.float().mean() > 0.1  # 0 without
+    assert {p.grad for p in pipe.unet.parameters()} == {None}
+
+
+def test_a_tuning_that_is_cut_off_keeps_nothing_and_leaves_a_pipeline(load, clip, tmp_path):
+    pipe, cache = load(), Cache(tmp_path)
+    step = torch.optim.AdamW.step
+
+    def interrupted(self, *args, **options):
+        step(self, *args, **options)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(torch.optim.AdamW, "step", interrupted)
+        pipe.fit(clip, PROMPT, num_steps=3, cache=cache, gradient_checkpointing=True)
+    assert not pipe.unet.training and not pipe.unet.is_gradient_checkpointing
+    pipe.invert(clip, num_inference_steps=1, cache=cache)
+    assert not list(tmp_path.iterdir())
+    before = pipe("a star", num_inference_steps=1, output_type="latent").frames
+    with pytest.raises(ValueError, match="multiples of 8"):
+        pipe.fit(np.zeros((2, 30, 32, 3), np.uint8), PROMPT, num_steps=1)
+    assert torch.equal(pipe("a star", num_inference_steps=1, output_type="latent").frames, before)
+
+
+def test_adapters_are_in_the_keys(load, clip, tmp_path):
+    from peft import LoraConfig
+
+    pipe, cache = load(), Cache(tmp_path)
+    pipe.fit(clip, PROMPT, num_steps=0, cache=cache)
+    pipe.invert(clip, num_inference_steps=1, cache=cache)
+    pipe.unet.add_adapter(LoraConfig(target_modules=["to_q"], init_lora_weights=False))
+    pipe.invert(clip, num_inference_steps=1, cache=cache)
+    pipe.unet.disable_adapters()
+    pipe.invert(clip, num_inference_steps=1, cache=cache)
+    assert cache.hits == 0 and len(list(tmp_path.iterdir())) == 3
+    pipe.invert(clip, num_inference_steps=1, cache=cache)
+    assert cache.hits == 1
 
 
 def test_without_inversion_sampling_starts_from_seeded_noise(load, clip):

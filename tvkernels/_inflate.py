@@ -416,5 +416,5 @@ def _drawn_by(generator: torch.Generator | None) -> Iterator[None]:
     with torch.random.fork_rng(enabled=generator is not None, devices=()):
         if generator is not None:
             seed = torch.randint(2**62, (), generator=generator, device=generator.device)
-            torch.manual_seed(seed.item())
+            torch.default_generator.manual_seed(seed.item())  # and no other device's
         yield

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from rich.table import Table
 
@@ -23,6 +24,7 @@ from tvkernels.pipelines.checks import ModelError
 from tvkernels.video import VideoError
 
 BAD_INPUT, INTERRUPTED = 2, 130
+OF_DIFFUSERS = ("diffusers", "transformers", "accelerate", "safetensors")
 EXPECTED = (ConfigError, ModelError, VideoError, BackendError, ImportError, OSError)
 
 app = typer.Typer(
@@ -444,6 +446,12 @@ def _explain(error: Exception) -> int:
         context = getattr(error, "ctx", None)
         command = context.command_path if context else "tvk"
         return _fail(f"{error.format_message()} See `{command} --help`.", BAD_INPUT)
+    if isinstance(error, ModuleNotFoundError) and error.name in OF_DIFFUSERS:
+        advice = f"{error.name} is not installed: pip install 'tvkernels[diffusers]'"
+        return _fail(advice, BAD_INPUT)
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        advice = "fewer --frames, a smaller --size, or --max-memory, which plans for it"
+        return _fail(f"out of memory: {str(error).splitlines()[0]} Try {advice}", BAD_INPUT)
     if isinstance(error, EXPECTED):
         return _fail(str(error) or type(error).__name__, BAD_INPUT)
     kind = type(error).__name__

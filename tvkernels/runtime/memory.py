@@ -202,7 +202,7 @@ class Account:
         return self._once(("sampling", clips, calls), lambda: self._sample(clips, calls))
 
     def tuning(self, checkpointing: bool) -> int:
-        """One step of tuning, AdamW's two moments held."""
+        """One step of tuning, AdamW's two moments held, and float32 copies of bfloat16 weights."""
 
         def step():
             self.unet.train()
@@ -216,8 +216,10 @@ class Account:
                 self.unet.zero_grad(set_to_none=True)
 
         traced = self._once(("tuning", checkpointing), step)
-        update = sum(self.tuned) + 2 * max(self.tuned, default=0)
-        return 2 * sum(self.tuned) + max(traced, update)
+        narrow = self.dtype == torch.bfloat16
+        wide = [(1 + narrow) * size for size in self.tuned]  # of the moments, in float32
+        update = sum(wide) + 2 * max(wide, default=0)
+        return (2 + narrow) * sum(wide) + max(traced, update)
 
     def coding(self, chunk: int, tile: int | None = None) -> int:
         """The VAE, encoding or decoding: whichever holds more.
