@@ -74,6 +74,22 @@ def test_backward_is_laid_out_as_its_fake_says(op, layout, backend):
     assert len(planned) == len(made) > 0
     for fake, real in zip(planned, made, strict=True):
         assert layout_of(fake) == layout_of(real)
+    # A compiler reuses the memory of what it gave.
+    taken = {x.untyped_storage().data_ptr() for x in (*given[0], *args) if torch.is_tensor(x)}
+    assert not taken & {x.untyped_storage().data_ptr() for x in made if x.numel()}
+
+
+@every_trained_op
+def test_second_derivatives_are_refused(op):
+    """Not silently incomplete."""
+    overload, args = registered_call(op, dtype=torch.float64)
+    inputs = [args[i] for i in OPS[op].differentiable if args[i] is not None]
+    result = tensors(overload(*args))[0]
+    grads = torch.autograd.grad(
+        result.square().sum(), inputs, create_graph=True, allow_unused=True
+    )
+    with pytest.raises(RuntimeError, match=f"{op} can be differentiated once"):
+        sum(g.square().sum() for g in grads if g is not None).backward()
 
 
 @every_op
@@ -202,6 +218,20 @@ def test_backend_error_lists_every_reason(op, monkeypatch):
     for name in others:
         assert f"{name} is too old" in str(error.value)
         assert f"{name} is too new" in str(error.value)
+
+
+def test_auto_says_when_a_gpu_runs_without_a_kernel(monkeypatch):
+    monkeypatch.setattr("tvkernels._dispatch._SAID", set())
+    op = OPS["instance_center"]
+    for name in ("triton", "cuda"):
+        if name in op.backends:
+            monkeypatch.setattr(op.backend(name), "why_not", lambda *args: ["an old ptxas"])
+    with FakeTensorMode():
+        z = torch.empty(1, 2, 3, 4, device="cuda")
+        with pytest.warns(
+            RuntimeWarning, match="instance_center runs without a kernel: triton: an"
+        ):
+            assert op.resolve("auto", z) is op.backend("cpu")
 
 
 @every_op

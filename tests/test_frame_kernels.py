@@ -55,6 +55,19 @@ def test_queries_read_a_cache_of_earlier_frames(dtype):
     assert torch.isfinite(found).all()
 
 
+def test_a_table_that_does_not_fit_is_refused_and_not_read_past():
+    q, pattern = randn(1, 3, 16, 2, 8), FramePattern.fine_coarse(2)
+    with pytest.raises(ValueError, match=r"this pattern pools tokens: pass grid"):
+        frame_attention(q, q, q, pattern.table(3), backend="triton")
+    few = q[:, :2]
+    with pytest.raises(ValueError, match="the pattern's table is of 3 frames, k has 2"):
+        frame_attention(q, few, few, FramePattern.own().table(3), backend="triton")
+    table = pattern.table(3)
+    call = (q, q, q, *table[:2], table.coarse_levels, 0, 0, None, False)
+    with pytest.raises(BackendError, match="a grid that was not given"):  # in compiled code
+        OPS["frame_attention"](*call, backend="triton")
+
+
 def test_queries_keys_and_values_of_three_sources_with_three_layouts():
     """TokenFlow, FateZero: nothing says that q, k and v lie in memory alike."""
     q = randn(2, 15, 2, 3, 8).permute(0, 3, 1, 2, 4)

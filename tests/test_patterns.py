@@ -170,7 +170,7 @@ def test_table_is_csr_in_int32():
         [0, 0, 2, 0], [1, 4, 1, 0], [1, 0, 1, 0], [0, 2, 1, 0], [2, 0, 1, 0],
     ]  # fmt: skip
     assert {t.dtype for t in table} == {torch.int32}
-    assert table.levels.shape == (0, 2 + 2, 2 + 4)
+    assert table.levels.shape == (0, 2 + 2, 2 + 4, 2 + 3) and table.num_frames == 3
     assert table.coarse_levels == [2, 4]
     sized = FramePattern.fine_coarse(2, size_bias=True).table(2)
     assert sized.segments.tolist() == [[0, 0, 1, 0], [1, 2, 1, 1], [1, 0, 1, 0], [0, 2, 1, 1]]

@@ -1,6 +1,8 @@
 """One call for every runtime: parity with eager, one graph, one line for errors."""
 
+import contextlib
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from tiny_unets import clip_inputs, one_level_unet, seeded, tiny_unet
 
 from tvkernels import BackendError, FramePattern, inflate, recipes
 from tvkernels._dispatch import auto_takes
-from tvkernels.runtime import BACKENDS, accelerate, aoti, why_not
+from tvkernels.runtime import BACKENDS, accelerate, aoti, cuda_graph, why_not
 from tvkernels.runtime.files import ArtifactError
 from tvkernels.runtime.program import shape_of
 from tvkernels.testing.budget import assert_error_budget
@@ -149,6 +151,29 @@ def test_what_cannot_run_says_why():
             runner(sample, t, text, cross_attention_kwargs={"num_frames": 4})
         with pytest.raises(ValueError, match=r"cannot honour cross_attention_kwargs \['scale'\]"):
             runner(sample, t, text, cross_attention_kwargs={"scale": 1.0})
+
+
+def test_graphs_are_captured_again_where_weights_lie_elsewhere(monkeypatch):
+    """The captured one would read memory that another tensor may have by now."""
+    unet, captured = one_level_unet(), []
+    with inflate(unet, recipes.FRAME_BY_FRAME) as handle:
+        graphs = cuda_graph.Graphs(handle, None)
+        monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+
+        def capture(inputs, tables):
+            captured.append(1)
+            return SimpleNamespace(replay=lambda: None), [x.clone() for x in inputs], inputs[0]
+
+        monkeypatch.setattr(graphs, "_capture", capture)
+        call = (torch.zeros(1, 3, 4, 8, 8), torch.tensor(1), torch.zeros(1, 5, 8))
+        for _ in range(2):
+            graphs(*call)
+        assert len(captured) == 1
+        held = [parameter.data for parameter in unet.parameters()]  # so that places stay taken
+        for parameter in unet.parameters():
+            parameter.data = parameter.data.clone()
+        graphs(*call)
+        assert len(captured) == 2 and len(graphs._captured) == 1 and held
 
 
 @pytest.mark.slow

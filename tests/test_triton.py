@@ -13,8 +13,11 @@ from tvkernels.ops import specs
 from tvkernels.testing.calls import build
 
 pytest.importorskip("triton")
+from tvkernels import latent_blend
 from tvkernels._triton.launch import launch
+from tvkernels.ops.atlas_sample.kernels import unit
 from tvkernels.ops.instance_center.triton import _center
+from tvkernels.ops.token_map_attention import triton as token_maps
 
 pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("poisoned")]
 
@@ -46,6 +49,45 @@ def test_extreme_values(op, case, extreme):
 @pytest.mark.parametrize(("op", "case"), TRAINED)
 def test_gradients_within_error_budget(op, case, dtype):
     check_gradients(SPECS[op], case, dtype, "triton", SEEDS)
+
+
+def test_what_saved_a_tensor_before_it_is_blended_in_place_is_told():
+    """The version counts: autograd raises, where it would take wrong values."""
+    x = torch.ones(1, 2, 4, 4)
+    before = x._version
+    latent_blend(x, torch.zeros_like(x), torch.ones_like(x[:, :1]), backend="triton")
+    assert x._version > before
+    with torch.inference_mode():
+        latent_blend(*(torch.ones(1, 2, 4, 4) for _ in range(3)), backend="triton")
+
+
+def test_wide_heads_leave_the_fused_block(monkeypatch):
+    """Its stages of weights would need more shared memory than a multiprocessor has."""
+    block = OPS["shift_restricted_temporal_attention"].backend("triton")
+    seen = []
+    monkeypatch.setattr(block, "_in_parts", lambda z, *rest: seen.append(rest[-1]) or z)
+    monkeypatch.setattr(block, "_attend", lambda *args: None)
+    monkeypatch.setattr(block, "_project", lambda *args: None)
+    z, weight = torch.zeros(1, 2, 1, 320, dtype=torch.float16), torch.zeros(320, 320)
+    for heads in (8, 4, 2, 1):
+        block.forward(z, weight, weight, weight, weight, None, weight[0, 0], weight[0, 0], heads)
+    assert seen == [2, 1]
+
+
+def test_alignment_is_that_of_the_address():
+    """A tensor from elsewhere starts at offset 0 of its storage, wherever that begins."""
+    memory = bytearray(2 * 4096 + 64)
+    start = -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % 16
+    for shift, expected in ((0, 8), (2, 1), (8, 4)):
+        x = torch.frombuffer(memory, dtype=torch.float16, count=4000, offset=start + shift)
+        assert x.storage_offset() == 0
+        assert token_maps._alignment(40, x.view(1, 10, 10, 40)) == expected
+
+
+def test_not_a_number_stays_one_in_what_is_added_as_integers():
+    like = torch.zeros(1)
+    assert unit(torch.tensor(float("nan")), 4, like).isnan()
+    assert unit(torch.tensor(0.0), 4, like).isfinite()
 
 
 def test_a_constant_that_the_kernel_lacks_is_an_error_in_the_interpreter_too():

@@ -166,7 +166,8 @@ class Op:
                 continue
             reasons[name] = self.why_not(name, *args)
             if not reasons[name]:
-                if backend == "auto" and name == "reference" and len(names) > 1:
+                slow = name == "reference" or (name == "cpu" and _device_type(args) == "cuda")
+                if backend == "auto" and slow and len(names) > 1:
                     _say_once(self.name, tuple(f"{n}: {', '.join(r)}" for n, r in reasons.items()))
                 return self.backend(name)
         lines = [f"  {name}: {reason}" for name, why in reasons.items() for reason in why]
@@ -190,6 +191,8 @@ class Op:
                 found = module.backward(grads, *args)
             else:
                 found = self._recompute(module.forward, grads, args)
+        # No result may be an input itself: a compiler reuses an input's memory after its last use.
+        found = [g.clone() if any(g is given for given in grads) else g for g in found]
         reached = self._reached(args)
         return [_laid_out_as(args[i], g) for i, g in zip(reached, found, strict=True)]
 
@@ -229,7 +232,8 @@ class Op:
         results = [None] * len(args)
         if any(g is not None for g in grads):
             reached = self._reached(args)
-            for i, grad in zip(reached, self._backward(list(grads), *args), strict=True):
+            found = self._backward(list(grads), *args)
+            for i, grad in zip(reached, _once(found, self.name, args), strict=True):
                 results[i] = grad if ctx.needs_input_grad[i] else None
         return tuple(results)
 
@@ -255,6 +259,19 @@ def _unseen(args) -> bool:
         ):  # fmt: skip
             return False
     return True
+
+
+def _once(grads: list[Tensor], name: str, args) -> Sequence[Tensor]:
+    """Gradients whose own derivative is an error, where one may be asked for.
+
+    Else it would be silently incomplete. A transform of torch.func asks each time, and sees none.
+    """
+    asked = torch.is_grad_enabled() and torch._C._functorch.peek_interpreter_stack() is None
+    if not asked or not any(isinstance(x, Tensor) and x.requires_grad for x in args):
+        return grads
+    refuse = torch._C._functions.DelayedError(f"{name} can be differentiated once", len(grads))
+    found = refuse(*(g.detach().requires_grad_() for g in grads))
+    return found if isinstance(found, tuple) else (found,)
 
 
 def _laid_out_as(x: Tensor, grad: Tensor) -> Tensor:
@@ -296,5 +313,5 @@ def _say_once(op: str, reasons: tuple[str, ...]) -> None:
     if op not in _SAID:
         _SAID.add(op)
         warnings.warn(
-            f"{op} runs its slow reference: {'; '.join(reasons)}", RuntimeWarning, stacklevel=4
+            f"{op} runs without a kernel: {'; '.join(reasons)}", RuntimeWarning, stacklevel=4
         )

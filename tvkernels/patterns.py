@@ -38,15 +38,20 @@ class FrameTable(NamedTuple):
     row_ptr: Tensor  # int32 [F + 1]
     # int32 [S, 4]: frame, level, count, 1 if pooled tokens weigh log(pooled count)
     segments: Tensor
-    # Empty, [0, 2 + r1, 2 + r2]: launchers need the coarse levels on the host without a device
-    # read, and sizes are the one kind of number that torch.compile keeps dynamic (0 and 1 it
-    # would not).
+    # Empty, [0, 2 + r1, 2 + r2, 2 + F]: launchers need the coarse levels on the host without a
+    # device read, and sizes are the one kind of number that torch.compile keeps dynamic (0 and 1
+    # it would not).
     levels: Tensor
 
     @property
     def coarse_levels(self) -> list[int]:
         """The coarse levels in use, 0 standing for none; always MAX_LEVELS numbers."""
-        return [size - 2 for size in self.levels.shape[1:]]
+        return [size - 2 for size in self.levels.shape[1:-1]]
+
+    @property
+    def num_frames(self) -> int:
+        """Frames of keys and values that the segments' numbers are of."""
+        return self.levels.shape[-1] - 2
 
 
 @dataclass(frozen=True)
@@ -245,7 +250,9 @@ def _build_table(
             torch.tensor(ends, dtype=torch.int32, device=device),
             # A clone, for the sizes of a view's base are guarded too.
             torch.tensor(flat, dtype=torch.int32, device=device).view(-1, 4).clone(),
-            torch.empty(0, *(2 + r for r in levels), dtype=torch.int32, device=device),
+            torch.empty(
+                0, *(2 + n for n in (*levels, num_frames)), dtype=torch.int32, device=device
+            ),
         )
     if for_compile:
         _mark_sizes(table)
@@ -259,7 +266,7 @@ def _mark_sizes(table: FrameTable) -> None:
     and the batch) are guarded to stay so, and the next pattern recompiles. Called only where
     torch._dynamo is loaded already: its import takes two seconds.
     """
-    for tensor, dims in zip(table, ([0], [0], [1, 2]), strict=True):
+    for tensor, dims in zip(table, ([0], [0], [1, 2, 3]), strict=True):
         for dim in dims:
             if tensor.shape[dim] > 1:  # 0 and 1 are constants to the compiler
                 torch._dynamo.maybe_mark_dynamic(tensor, dim)

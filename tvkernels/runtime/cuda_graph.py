@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
+from tvkernels._dispatch import OPS
 from tvkernels._inflate import InflatedHandle
+from tvkernels.patterns import FramePattern
 from tvkernels.runtime.program import Shape, VideoStep
 
 OPTIONS = ("compiled",)
@@ -19,8 +23,15 @@ def serves(shape: Shape) -> object:
 
 
 def why_not(device: str) -> list[str]:
-    """A graph is captured on a CUDA device."""
-    return [] if device == "cuda" else [f"the UNet is on the {device}, a graph needs CUDA"]
+    """A graph is captured on a CUDA device, of kernels alone: composed PyTorch reads tables."""
+    if device != "cuda":
+        return [f"the UNet is on the {device}, a graph needs CUDA"]
+    table = FramePattern.own().table(1, device="cuda")
+    x = torch.empty(1, 1, 1, 1, 8, dtype=torch.float16, device="cuda")
+    reasons = OPS["frame_attention"].why_not(
+        "triton", x, x, x, *table[:2], table.coarse_levels, 0, 0, None, False
+    )
+    return [f"frame_attention: {reason}" for reason in reasons]
 
 
 def prepare(handle: InflatedHandle, shape: Shape, compiled: bool = False) -> Graphs:
@@ -49,21 +60,27 @@ class Graphs:
     def __init__(self, handle: InflatedHandle, step):
         self.handle, self.step = handle, step
         self._captured: dict[tuple, tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]] = {}
-        self._pool = None
+        self._pool, self._places = None, []
 
     def __call__(self, sample: Tensor, timestep: Tensor, text: Tensor, tables=None) -> Tensor:
         """As `VideoStep.forward`, samples being [B, F, 4, h, w]."""
         if tables is None:
             tables = self.handle.tables(sample.shape[1], sample.device)
         inputs = [sample, timestep, text, *(x for table in tables for x in table)]
+        model = self.handle.model
+        places = [x.data_ptr() for x in itertools.chain(model.parameters(), model.buffers())]
+        if places != self._places:  # graphs hold where the weights were
+            self._captured.clear()
+            self._places = places
         key = tuple((x.shape, x.dtype) for x in inputs)
-        if key not in self._captured:
-            self._captured[key] = self._capture(inputs, tables)
-        graph, held, noise = self._captured[key]
-        for to, given in zip(held, inputs, strict=True):
-            to.copy_(given, non_blocking=True)
-        graph.replay()
-        return noise.clone()
+        with torch.cuda.device(sample.device):
+            if key not in self._captured:
+                self._captured[key] = self._capture(inputs, tables)
+            graph, held, noise = self._captured[key]
+            for to, given in zip(held, inputs, strict=True):
+                to.copy_(given, non_blocking=True)
+            graph.replay()
+            return noise.clone()
 
     def _capture(self, inputs, tables):
         held = [x.clone() for x in inputs]

@@ -46,7 +46,7 @@ def unit(largest: Tensor | None, points: int, like: Tensor) -> Tensor:
     if largest is None:
         return torch.full((1,), steps, dtype=torch.float32, device=like.device)
     largest = largest.float().reshape(1)
-    return torch.where(largest > 0, steps / largest, steps)
+    return torch.where(largest == 0, steps, steps / largest)  # NaN stays what it is
 
 
 @triton.jit

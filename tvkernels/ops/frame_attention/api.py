@@ -78,7 +78,13 @@ def frame_attention(
         raise ValueError(
             f"the pattern has rows for {table.row_ptr.shape[0] - 1} frames, q has {q.shape[1]}"
         )
-    if grid is None and isinstance(pattern, FramePattern) and any(table.coarse_levels):
+    # A compiler would take a size that is compared for fixed, and build anew for another pattern.
+    free = isinstance(pattern, FramePattern) or not torch.compiler.is_compiling()
+    if free and table.num_frames != k.shape[1]:
+        raise ValueError(
+            f"the pattern's table is of {table.num_frames} frames, k has {k.shape[1]}"
+        )
+    if free and grid is None and any(table.coarse_levels):
         raise ValueError("this pattern pools tokens: pass grid=(h, w)")
     if grid is not None and grid[0] * grid[1] != q.shape[2]:
         raise ValueError(f"grid {tuple(grid)} does not hold the {q.shape[2]} tokens of a frame")

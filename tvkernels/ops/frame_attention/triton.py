@@ -27,6 +27,8 @@ def why_not(q, k, v, row_ptr, segments, levels, h, w, scale, return_lse) -> list
     for name, x in (("q", q), ("k", k), ("v", v)):
         if abs(x.stride(2)) >= MAX_ROW_STRIDE:
             reasons.append(f"tokens of {name} are {x.stride(2)} elements apart, 2^24 or more")
+    if any(levels) and h * w != q.shape[2]:
+        reasons.append("the pattern pools tokens of a grid that was not given")
     return reasons
 
 

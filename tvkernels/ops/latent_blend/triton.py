@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
@@ -28,6 +29,8 @@ def forward(foreground, background, mask):
         tensors | {"size": foreground.numel()} | elementwise.numbers(shape, tensors),
         config,
     )
+    if not foreground.is_inference():
+        torch.autograd.graph.increment_version(foreground)  # what saved it before is told
 
 
 def _walk(foreground, background, mask):

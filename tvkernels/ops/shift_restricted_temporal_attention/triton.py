@@ -22,6 +22,7 @@ from tvkernels.ops.spectral_linear.reference import normalised
 NAME = "shift_restricted_temporal_attention"
 WIDEST = 320  # channels of the two kernels: beyond, weights outgrow what programs can re-read
 ONE_PASS = 32  # frames that one program holds at once
+WIDEST_HEAD = 80  # its weights are held in three stages: at 160, more than shared memory
 NARROWEST = 16  # smallest side of a matrix product
 WGMMA = ("_attend_projected", "_project_out")
 
@@ -37,6 +38,7 @@ def forward(z, w_q, w_k, w_v, w_out, bias, sigma_v, sigma_out, heads):
     if not z.numel():
         return out
     fused = z.dtype != torch.float32 and z.shape[1] <= ONE_PASS and z.shape[3] <= WIDEST
+    fused = fused and z.shape[3] // heads <= WIDEST_HEAD
     if not fused:
         return _in_parts(z, w_q, w_k, w_v, w_out, bias, sigma_v, sigma_out, heads)
     attended = _attend(z, w_q, w_k, w_v, _sigma(w_v, sigma_v), heads)

@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from tvkernels._dispatch import PLAIN
 from tvkernels._triton import support
 from tvkernels._triton.configs import cdiv, choose, next_power_of_2
 from tvkernels._triton.launch import arch, launch
@@ -89,7 +90,12 @@ def _alignment(d, *tensors) -> int:
     """
     if any(x.stride(-1) != 1 for x in tensors):
         return 1
-    steps = [x.storage_offset() for x in tensors] + [s for x in tensors for s in x.stride()[:-1]]
+    # A tensor from elsewhere may begin anywhere: its address counts, not its place in a storage.
+    starts = [
+        x.data_ptr() // x.element_size() if type(x) in PLAIN else x.storage_offset()
+        for x in tensors
+    ]
+    steps = starts + [s for x in tensors for s in x.stride()[:-1]]
     return math.gcd(16 // tensors[0].element_size(), d, *steps)
 
 
