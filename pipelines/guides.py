@@ -15,6 +15,8 @@ from tvkernels.video import read_mask
 if TYPE_CHECKING:
     import numpy as np
 
+METRIC = ("depth_pro", "glpn", "zoedepth")  # of transformers: far is large
+
 
 def load_guides(
     canny: str | None = None, depth: str | None = None, estimator: str | None = None
@@ -23,9 +25,10 @@ def load_guides(
 
     Args:
         canny, depth: diffusers' `ControlNetModel` for SD-1.x, a folder or a hub name.
-        estimator: a depth model of transformers, such as MiDaS (DPT); needed with `depth`.
+        estimator: a depth model of transformers, such as MiDaS (DPT), with the image processor
+            that it was trained behind; needed with `depth`.
     Raises:
-        ModelError: one cannot be loaded, or depth comes without its estimator.
+        ModelError: one cannot be loaded, depth comes without its estimator, or that gives meters.
     """
     if (depth is None) != (estimator is None):
         raise ModelError("a depth ControlNet and a depth model go together: give both or neither")
@@ -34,11 +37,18 @@ def load_guides(
         if folder is not None:
             from diffusers import ControlNetModel
 
-            found[name] = _load(ControlNetModel, folder)
+            found[name] = _load(ControlNetModel, folder).eval()
     if estimator is not None:
-        from transformers import AutoModelForDepthEstimation
+        from transformers import AutoImageProcessor, AutoModelForDepthEstimation
 
-        found["depth_estimator"] = _load(AutoModelForDepthEstimation, estimator)
+        found["depth_processor"] = _load(AutoImageProcessor, estimator)
+        model = found["depth_estimator"] = _load(AutoModelForDepthEstimation, estimator).eval()
+        config = model.config
+        if config.model_type in METRIC or "metric" in getattr(config, "depth_estimation_type", ""):
+            raise ModelError(
+                f"{estimator} gives distances, the depth ControlNet wants relative depth: give a "
+                "model such as MiDaS (DPT)"
+            )
     return found
 
 
@@ -83,7 +93,7 @@ def _load(kind, folder: str):
     from safetensors import SafetensorError
 
     try:
-        return kind.from_pretrained(folder).eval()
+        return kind.from_pretrained(folder)
     except (OSError, ValueError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise ModelError(f"cannot load {kind.__name__} from {folder}: {reason}") from error

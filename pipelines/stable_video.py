@@ -91,7 +91,10 @@ class StableVideoPipeline(OneShotPipeline):
             `OneShotPipeline`.
         controlnet_canny: diffusers' `ControlNetModel` for the foreground's key frames, or None.
         controlnet_depth: the same for the background, or None; needs `depth_estimator`.
-        depth_estimator: of transformers, [1, 3, H, W] -> `predicted_depth` [1, h, w].
+        depth_estimator: of transformers, [1, 3, H, W] -> `predicted_depth` [1, h, w], near is
+            large.
+        depth_processor: the image processor that goes before it; without, it takes a picture of
+            any size in [-1, 1].
 
     Attributes:
         atlas: what `fit` left.
@@ -104,6 +107,7 @@ class StableVideoPipeline(OneShotPipeline):
     def __init__(
         self, vae, text_encoder, tokenizer, unet, scheduler, settings=None, backend="auto",
         attention=None, controlnet_canny=None, controlnet_depth=None, depth_estimator=None,
+        depth_processor=None,
     ):  # fmt: skip
         super().__init__(
             vae, text_encoder, tokenizer, unet, scheduler, settings, backend, attention
@@ -117,18 +121,18 @@ class StableVideoPipeline(OneShotPipeline):
             if chosen not in known:
                 raise ValueError(f"unknown {name} {chosen!r}: use one of {', '.join(known)}")
         self.controlnets = {"canny": controlnet_canny, "depth": controlnet_depth}
-        self.depth_estimator = depth_estimator
+        self.depth_estimator, self.depth_processor = depth_estimator, depth_processor
         self.atlas: LayeredAtlas | None = None
         self._pixels: Tensor | None = None
         self._seed = 0
 
-    def to(self, *args, **kwargs):
-        """As diffusers has it; the ControlNets and the depth estimator follow."""
-        super().to(*args, **kwargs)
+    def _gather(self) -> None:
+        """Brings what is no component of a pipeline to where it runs: guides and atlas."""
+        device = self._execution_device
         for module in (*self.controlnets.values(), self.depth_estimator):
             if module is not None:
-                module.to(self.device, self.unet.dtype)
-        return self
+                module.to(device, self.unet.dtype)
+        self.atlas, self._pixels = self.atlas.to(device), self._pixels.to(device)
 
     def what_guides(self) -> str:
         """One line: what holds the structure of each part's edit."""
@@ -251,6 +255,7 @@ class StableVideoPipeline(OneShotPipeline):
             self.fit(video, generator=generator)
         if self.atlas is None:
             raise ValueError("nothing to edit: pass video=, or fit() a clip first")
+        self._gather()
         count = len(self.atlas.logits)
         told = prompt if foreground_prompt is None else foreground_prompt
         told = [told] * count if isinstance(told, str) else list(told)
@@ -350,7 +355,11 @@ class StableVideoPipeline(OneShotPipeline):
         """Depth of a picture, near is bright, [1, 3, H, W]."""
         if self.controlnets["depth"] is None:
             return None
-        given = (picture[None] * 2 - 1).to(self.unet.dtype)
+        given = picture[None] * 2 - 1
+        if self.depth_processor is not None:
+            shown = picture.mul(255).round().byte().cpu()
+            given = self.depth_processor(images=shown, return_tensors="pt").pixel_values
+        given = given.to(picture.device, self.unet.dtype)
         depth = self.depth_estimator(given).predicted_depth[:, None].float()
         depth = F.interpolate(depth, picture.shape[1:], mode="bicubic")
         low, high = depth.amin(), depth.amax()

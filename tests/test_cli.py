@@ -18,6 +18,7 @@ pytest.importorskip("typer")
 pytest.importorskip("yaml")
 
 import numpy as np
+import torch
 
 import tvkernels
 from tvkernels.cli import app, main
@@ -372,6 +373,43 @@ def test_a_defect_is_one_line_unless_debugged(edit, tvk, monkeypatch):
     assert "RuntimeError: boom" in one_line(complaints)
     with pytest.raises(RuntimeError, match="boom"):
         tvk("edit", "clip.mp4", "--debug")
+
+
+ABSENT = """
+import runpy, sys
+_, package, *sys.argv[1:] = sys.argv
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == package:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Absent())
+runpy.run_module("tvkernels", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    ("package", "extra"), [("typer", "'tvkernels[cli,"), ("diffusers", "'tvkernels[diffusers]'")]
+)
+def test_what_is_not_installed_is_named_with_its_extra(package, extra, place, tmp_path):
+    arguments = ["edit", place / "clip.mp4", *WORDS, "-o", tmp_path / "out.mp4"]
+    done = subprocess.run(
+        [sys.executable, "-c", ABSENT, package, *map(str, arguments)],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    line = one_line(done.stderr)
+    assert f"{package} is not installed" in line and extra in line
+
+
+def test_memory_that_is_not_there_is_no_defect(edit, monkeypatch):
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nMore.")
+
+    monkeypatch.setattr("tvkernels.edit.edit", full)
+    status, _, complaints = edit()
+    assert status == 2
+    assert "out of memory: CUDA out of memory. Tried to allocate 9 GiB. Try" in complaints
+    assert "--max-memory" in one_line(complaints)
 
 
 def test_cheap_mistakes_are_found_before_the_slow_imports():

@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
+import transformers
 from diffusers import ControlNetModel
 
 from tvkernels import atlas_sample
@@ -332,6 +333,31 @@ class TestGuides:
             tmp_path
         )
         assert isinstance(load_guides(canny=str(tmp_path))["controlnet_canny"], ControlNetModel)
+
+    def test_a_depth_model_sees_pictures_through_its_own_processor(self, pipe, tmp_path):
+        """Of its own size, and normalised as it was trained; one that gives meters is refused."""
+        config = transformers.DPTConfig(
+            hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=16,
+            image_size=32, patch_size=8, backbone_out_indices=[0, 1, 2, 3],
+            neck_hidden_sizes=[8, 8, 8, 8], fusion_hidden_size=8,
+        )  # fmt: skip
+        net = ControlNetModel.from_unet(pipe.unet, load_weights_from_unet=False)
+        transformers.DPTForDepthEstimation(config).save_pretrained(tmp_path / "depth")
+        options = {"size": {"height": 32, "width": 32}, "image_mean": [0.5] * 3}
+        processor = transformers.DPTImageProcessorPil(image_std=[0.25] * 3, **options)
+        processor.save_pretrained(tmp_path / "depth")
+        net.save_pretrained(tmp_path / "net")
+        guides = load_guides(depth=str(tmp_path / "net"), estimator=str(tmp_path / "depth"))
+        own = StableVideoPipeline.from_pretrained(MODEL_DIR, **guides)
+        seen = []
+        own.depth_estimator.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+        depth = own._depth(torch.ones(3, 40, 56))
+        assert depth.shape == (1, 3, 40, 56) and seen[0].shape == (1, 3, 32, 32)
+        torch.testing.assert_close(seen[0], torch.full_like(seen[0], 2.0))
+        config.depth_estimation_type = "metric"
+        config.save_pretrained(tmp_path / "depth")
+        with pytest.raises(ModelError, match="gives distances"):
+            load_guides(depth=str(tmp_path / "net"), estimator=str(tmp_path / "depth"))
 
 
 @pytest.fixture(scope="module")
