@@ -68,8 +68,8 @@ class Settings(OneShotSettings):
 # frame every 20, canny at 100 and 200; guidance 9 is the code's. Without a ControlNet the noise of
 # eq. 6 is the picture's own DDIM inversion, which is ours: of scenes 1, 2 and 6 of the shapes
 # world at t0 0.8, fresh noise lost the object in all three, inverted noise in one. Outside of the
-# layer its code denoises freely and drops the result by alpha (eq. 4); here the latents are held to
-# the key frame's own there, so that the layer is edited beside what it stands before.
+# layer its code denoises freely and drops the result by alpha (eq. 4); here the latents are held
+# to the key frame's own there, so that the layer is edited beside what it stands before.
 SETTINGS = Settings(
     recipe=replace(
         FRAME_BY_FRAME,

@@ -75,8 +75,8 @@ class Reference:
         """Tunes on one clip and its prompt; the text is encoded in every step.
 
         Args:
-            latents: of the clip, the VAE's mode; the published scripts encode it in every step too,
-                and draw from its posterior.
+            latents: of the clip, the VAE's mode; the published scripts encode it in every step
+                too, and draw from its posterior.
             prompt: what it shows.
             steps, learning_rate: of AdamW, whose weight decay is the pipeline's.
             generator: draws timesteps and noise, in the order in which the pipeline draws them.
