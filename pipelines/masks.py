@@ -17,13 +17,15 @@ FLOORS = ("zero", "mean")
 class WordMask:
     """The mask of each step: where words' maps, averaged over the steps T..t, are high.
 
+    Each step's map counts in its own units before it is averaged, which eq. 5 leaves open: a step
+    in which the words are looked at everywhere weighs as much as one that has found the object.
     Sampling comes down from T, so that the means of the inversion's and of the sampling's maps are
     running ones: the inversion's, made going up, are taken from their end.
 
     Args:
         size: (h, w) of the latents.
         old, new: each word's positions in the source prompt and in the edit's.
-        threshold: tau; a map counts in units of its maximum in the frame, above its floor.
+        threshold: tau; a map's unit is its maximum in the frame, above its floor.
         floor: "zero", or the map's "mean" in the frame.
     """
 
