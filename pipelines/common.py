@@ -15,6 +15,8 @@ from torch import Tensor
 from tvkernels._ranges import span
 from tvkernels.pipelines.checks import ModelError
 
+ROUNDING = 1e-3  # beyond [0, 1] that a resized or composed picture may lie
+
 
 @dataclass
 class VideoEditOutput(BaseOutput):
@@ -97,11 +99,11 @@ def frames_to_tensor(video, multiple: int) -> Tensor:
     if h % multiple or w % multiple or not h * w:
         raise ValueError(f"frames of {w}x{h} pixels: both sides must be multiples of {multiple}")
     low, high = video.aminmax()
-    if not (video.is_floating_point() and low >= 0 and high <= 1):
+    if not (video.is_floating_point() and low >= -ROUNDING and high <= 1 + ROUNDING):
         raise ValueError(
             f"values of {video.dtype} in [{low:.4g}, {high:.4g}]: give a clip as floats in [0, 1]"
         )
-    return (video.float() * 2).sub_(1)
+    return (video.float().clamp(0, 1) * 2).sub_(1)
 
 
 @torch.no_grad()
