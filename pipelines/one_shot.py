@@ -294,8 +294,9 @@ class OneShotPipeline(DiffusionPipeline):
                         copy.grad, parameter.grad = parameter.grad.float(), None
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-                for parameter, copy in narrow:
-                    parameter.data.copy_(copy)
+                with torch.no_grad():
+                    for parameter, copy in narrow:
+                        parameter.copy_(copy)
                 bar.set_postfix(loss=f"{loss.item():.4f}")
                 bar.update()
 
