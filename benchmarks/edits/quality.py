@@ -65,7 +65,7 @@ PAIRS = (
     *((name, "tcve") for name in ABLATIONS if name.startswith("tcve-")),
     *((name, "ei2-sparse-causal") for name in ("ei2", "ei2-r4")),
     ("ei2-frame-norm", "tav-frame-norm"),
-    *((name, "frame-by-frame") for name in ("tav-frame-norm", "ei2-frame-norm")),
+    *((name, "frame-by-frame") for name in ("tav-frame-norm", "ei2-frame-norm", "tcve-paper")),
     *(
         ("stable-video", f"stable-video-{name}")
         for name in ("sequential", "random", "fixed", "median")

@@ -84,6 +84,7 @@ SYSTEMS = {
     ("blended-diffusion", "blended-own-frame"): "blended diffusion - own frame alone",
     ("tcve", "tune-a-video"): "TCVE - Tune-A-Video",
     ("tcve", "tcve-paper"): "TCVE - the form that the paper writes",
+    ("tcve-paper", "frame-by-frame"): "that form - frame by frame",
     ("tcve", "tcve-no-temporal-unet"): "TCVE - without the temporal U-Net (table II)",
     ("tcve", "tcve-no-unit"): "TCVE - without the unit (table II)",
     ("tcve", "tcve-no-attention"): "TCVE - unit without attention (table III)",
