@@ -85,7 +85,10 @@ def edit_command(
         int | None, typer.Option(help="Frames to take. (default: the method's, or all there are)")
     ] = None,
     start: Annotated[int | None, typer.Option(help="First frame to take, from 0.")] = None,
-    stride: Annotated[int | None, typer.Option(help="Take every so-manieth frame.")] = None,
+    stride: Annotated[
+        int | None,
+        typer.Option(help="Take every so-manieth frame; Tune-A-Video and TCVE: 2. (default: 1)"),
+    ] = None,
     size: Annotated[
         int | None, typer.Option(help="Pixels of the shorter side. (default: the model's)")
     ] = None,
