@@ -344,7 +344,7 @@ class TestGuides:
         net = ControlNetModel.from_unet(pipe.unet, load_weights_from_unet=False)
         transformers.DPTForDepthEstimation(config).save_pretrained(tmp_path / "depth")
         options = {"size": {"height": 32, "width": 32}, "image_mean": [0.5] * 3}
-        processor = transformers.DPTImageProcessorPil(image_std=[0.25] * 3, **options)
+        processor = transformers.DPTImageProcessor(image_std=[0.25] * 3, **options)
         processor.save_pretrained(tmp_path / "depth")
         net.save_pretrained(tmp_path / "net")
         guides = load_guides(depth=str(tmp_path / "net"), estimator=str(tmp_path / "depth"))
