@@ -103,7 +103,7 @@ def frames_to_tensor(video, multiple: int) -> Tensor:
         raise ValueError(
             f"values of {video.dtype} in [{low:.4g}, {high:.4g}]: give a clip as floats in [0, 1]"
         )
-    return (video.float().clamp(0, 1) * 2).sub_(1)
+    return (video.float() * 2).sub_(1)
 
 
 @torch.no_grad()

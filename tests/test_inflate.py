@@ -156,6 +156,8 @@ def test_recipes_that_differ_compute_different_things(unet):
             for module in unet.modules():
                 if isinstance(module, TemporalAttention):
                     nn.init.normal_(module.to_out[0].weight, std=0.3, generator=seeded(2))
+                if isinstance(module, nn.Conv3d):
+                    nn.init.normal_(module.weight, std=0.1, generator=seeded(3))
             outputs[name] = look(unet, *clip_inputs())
     # A fresh LayerNorm's learnable weights are still one and zero.
     assert_rounding(outputs.pop("tav-layer-norm-plain"), outputs["tune-a-video"])
