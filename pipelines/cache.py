@@ -61,11 +61,12 @@ class Cache:
         A full or read-only disk is said, not raised: minutes of tuning are worth more than that.
         """
         try:
-            self._write(key, tensors)
+            self.write(key, tensors)
         except (SafetensorError, OSError) as error:
             logger.warning("cache entry %s cannot be kept: %s", self._path(key), error)
 
-    def _write(self, key: str, tensors: Mapping[str, Tensor]) -> None:
+    def write(self, key: str, tensors: Mapping[str, Tensor]) -> None:
+        """As `save`, but what stands in its way is raised: SafetensorError or OSError."""
         self.folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
         handle, temporary = tempfile.mkstemp(dir=self.folder, suffix=".part")

@@ -14,16 +14,14 @@ import torch.nn.functional as F
 from diffusers import DiffusionPipeline
 from diffusers.utils.torch_utils import randn_tensor
 from diffusers.video_processor import VideoProcessor
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import tvkernels
 from tvkernels import guided_ddim_step, inflate
-from tvkernels._files import atomic_path
 from tvkernels._inflate import is_tuned
 from tvkernels._ranges import each_step, span, watch
 from tvkernels.pipelines.cache import Cache, adapters, content_key
-from tvkernels.pipelines.checks import check_unet
+from tvkernels.pipelines.checks import ModelError, check_unet
 from tvkernels.pipelines.common import (
     VideoEditOutput,
     ddim_schedulers,
@@ -36,7 +34,7 @@ from tvkernels.pipelines.common import (
 from tvkernels.recipes import Recipe
 from tvkernels.runtime import accelerate
 
-TUNED = "-tuned.safetensors"  # behind the recipe's name
+TUNED = "-tuned"  # behind the recipe's name
 
 
 @dataclass(frozen=True)
@@ -156,12 +154,18 @@ class OneShotPipeline(DiffusionPipeline):
         """As diffusers has it; from a folder that `save_pretrained` wrote, with what was tuned.
 
         Raises:
-            ValueError: what was tuned does not fit the UNet.
+            ModelError: what was tuned is broken.
+            ValueError: it does not fit the UNet.
         """
         pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        path = Path(pretrained_model_name_or_path) / f"{pipe.settings.recipe.name}{TUNED}"
-        if path.is_file():
-            pipe.handle.load_tuned_state(load_file(path))
+        folder, name = Path(pretrained_model_name_or_path), pipe.settings.recipe.name + TUNED
+        if (folder / f"{name}.safetensors").is_file():
+            state = Cache(folder).load(name)
+            if state is None:
+                raise ModelError(
+                    f"{folder / name}.safetensors is broken: save it again or remove it"
+                )
+            pipe.handle.load_tuned_state(state)
             pipe.runner.weights_changed()
         return pipe
 
@@ -173,9 +177,7 @@ class OneShotPipeline(DiffusionPipeline):
         """
         state = self.handle.tuned_state()
         if state:
-            path = Path(save_directory) / f"{self.settings.recipe.name}{TUNED}"
-            with atomic_path(path, OSError) as temporary:
-                save_file({name: t.cpu().contiguous() for name, t in state.items()}, temporary)
+            Cache(save_directory).write(self.settings.recipe.name + TUNED, state)
         self.handle.remove()
         try:
             super().save_pretrained(save_directory, *args, **kwargs)
@@ -242,19 +244,19 @@ class OneShotPipeline(DiffusionPipeline):
         state = cache.load(key) if steps and cache is not None else None
         if state is not None:
             self.handle.load_tuned_state(state)
+            self.runner.weights_changed()
         elif steps:
             if gradient_checkpointing:
                 self.unet.enable_gradient_checkpointing()
             try:
                 self._tune(latents, prompt, steps, rate, generator)
+                if cache is not None:
+                    cache.save(key, self.handle.tuned_state())
             finally:
                 if gradient_checkpointing:
                     self.unet.disable_gradient_checkpointing()
                 self.unet.eval()
                 self.runner.weights_changed()
-            if cache is not None:
-                cache.save(key, self.handle.tuned_state())
-        self.runner.weights_changed()
         self._shape, self._tuned_key = latents.shape, key
         return self
 

@@ -391,6 +391,12 @@ def test_what_is_saved_is_the_plain_model_and_what_was_tuned(load, clip, method,
     again.fit(clip, PROMPT, generator=seeded(), **steps)  # from the model as it was
     assert torch.equal(again("a star", **options).frames, expected)
     pipeline_class("tune-a-video").from_pretrained(tmp_path)
+    for path in tmp_path.glob("*-tuned.safetensors"):
+        data = bytearray(path.read_bytes())
+        data[-5] ^= 1
+        path.write_bytes(data)
+        with pytest.raises(ModelError, match="tuned.safetensors is broken: save it again"):
+            pipeline_class(method).from_pretrained(tmp_path)
 
 
 def test_small_updates_add_up_in_bfloat16(load, clip):
