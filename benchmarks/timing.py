@@ -8,6 +8,7 @@ CPU it is single calls on the host's clock.
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import statistics
 import time
@@ -93,6 +94,7 @@ def seconds_of(call: Callable[[], Any], device: torch.device, repeats: int = 10)
 
 def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
     """The most memory that one call holds at a time beyond what is held before it."""
+    gc.collect()  # older garbage that is freed meanwhile would count against the call
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)

@@ -1,6 +1,7 @@
 """`tvk bench ops` and `make gpu`: checked before timed, nothing dropped, limits that hold."""
 
 import dataclasses
+import gc
 import json
 import math
 import subprocess
@@ -300,6 +301,17 @@ def test_peak_memory_counts_what_is_held_at_once():
     assert timing.peak_bytes(lambda: x + x, CPU) == 4000
     assert timing.peak_bytes(lambda: ((x + x) * x, None)[1], CPU) == 8000
     assert timing.peak_bytes(lambda: x.view(10, 100), CPU) == 0
+
+
+def test_older_garbage_freed_meanwhile_does_not_count_against_a_call():
+    x = torch.zeros(1000)
+
+    def leave_garbage():  # the profiler knows what was allocated under it
+        garbage = [torch.zeros(5000)]
+        garbage.append(garbage)
+
+    timing.peak_bytes(leave_garbage, CPU)
+    assert timing.peak_bytes(lambda: (gc.collect(), x + x), CPU) == 4000
 
 
 @pytest.mark.interpreter
