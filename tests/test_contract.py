@@ -7,7 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import tvkernels
 from tvkernels import _native
-from tvkernels._dispatch import BACKENDS, OPS, BackendError
+from tvkernels._dispatch import BACKENDS, OPS, BackendError, exporting
 from tvkernels.ops import specs
 from tvkernels.testing.calls import RegisteredCalls, build, gradients, tensors
 
@@ -125,6 +125,12 @@ def test_compiles_whole(op):
         results = tensors(spec.call(*args[0], **args[1]))
         found = tensors(compiled(*again[0], **again[1]))
     torch.testing.assert_close(found, results, rtol=0, atol=0)
+
+
+def test_a_compilation_is_no_export():
+    """Dynamo of torch 2.11 says that it is, and ops would be taken apart."""
+    told = torch.compile(lambda x: (x + 1, exporting()), fullgraph=True, backend="eager")
+    assert told(torch.ones(1))[1] is False
 
 
 class Call(torch.nn.Module):

@@ -14,6 +14,7 @@ from tvkernels.testing.calls import build
 
 pytest.importorskip("triton")
 from tvkernels import latent_blend
+from tvkernels._triton import support
 from tvkernels._triton.launch import launch
 from tvkernels.ops.atlas_sample.kernels import unit
 from tvkernels.ops.instance_center.triton import _center
@@ -101,6 +102,12 @@ def test_bfloat16_is_refused_in_the_interpreter(op):
     args = build(spec, spec.small_cases[0], torch.bfloat16)
     with pytest.raises(BackendError, match="silently wrong in bfloat16"):
         run(spec, args, "triton")
+
+
+def test_an_interpreter_that_numpy_has_outrun_is_refused(monkeypatch):
+    monkeypatch.setattr(support.triton, "__version__", "3.6.0")
+    monkeypatch.setattr(support.metadata, "version", lambda name: "2.4.0")
+    assert "needs NumPy before 2.4" in support.why_not(torch.zeros(1))[0]
 
 
 @pytest.mark.parametrize("op", SPECS)

@@ -33,6 +33,15 @@ PLAIN = (Tensor, torch.nn.Parameter)
 LIBRARY = torch.library.Library("tvkernels", "DEF")
 
 
+def exporting() -> bool:
+    """Whether torch.export traces, so that an op is to be what it decomposes to.
+
+    Dynamo of torch 2.11 takes every compilation for an export. An export that goes through it,
+    strict=True, keeps the ops themselves.
+    """
+    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+
+
 class _Ops(dict[str, "Op"]):
     """name -> `Op`. One whose contract has not been imported yet is, when it is asked for."""
 

@@ -7,7 +7,7 @@ import importlib
 import torch
 from torch import Tensor
 
-from tvkernels._dispatch import Op
+from tvkernels._dispatch import Op, exporting
 from tvkernels.patterns import FramePattern, FrameTable
 
 
@@ -65,7 +65,7 @@ def frame_attention(
                 f"q has {q.shape[1]} frames and k {k.shape[1]}: say which of k's frames are "
                 "queried, with pattern.table(F, queries=...)"
             )
-        if torch.compiler.is_exporting():
+        if exporting():
             lean = importlib.import_module("tvkernels.ops.frame_attention.cpu")
             out, lse = lean.attend(
                 q, k, v, *lean.plan(pattern, k.shape[1]), grid, scale, return_lse

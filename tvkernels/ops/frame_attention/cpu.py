@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tvkernels._dispatch import exporting
 from tvkernels.ops.frame_attention.reference import pool
 from tvkernels.patterns import FramePattern, Segment, pooled_counts
 
@@ -46,7 +47,7 @@ def read_table(row_ptr: Tensor, segments: Tensor) -> tuple[Rows, bool]:
 
 def attend(q, k, v, rows: Rows, sized: bool, grid, scale, return_lse):
     """Frames that read one list share one call; others gather one frame's keys at a time."""
-    if torch.compiler.is_exporting():
+    if exporting():
         rows = [sorted(row) for row in rows]  # so that those that read the same frames share
     source = Source(k, v, rows, grid, sized)
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -57,7 +58,7 @@ def attend(q, k, v, rows: Rows, sized: bool, grid, scale, return_lse):
         out, lse = _sdpa(*(x.flatten(0, 1) for x in (q, k, v)), None, scale, return_lse)
     elif all(row == rows[0] for row in rows):
         out, lse = _sdpa(q.flatten(1, 2), *source.gather(rows[0]), scale, return_lse)
-    elif torch.compiler.is_exporting() and (lists := _even(rows)) is not None:
+    elif exporting() and (lists := _even(rows)) is not None:
         # One attention: 32 in place of 256 in Tune-A-Video's demo UNet of 8 frames.
         pair = source.gather_all(lists)
         out, lse = _sdpa(q.flatten(0, 1), *pair, source.bias(lists), scale, return_lse)

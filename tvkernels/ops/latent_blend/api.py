@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from tvkernels._dispatch import Op
+from tvkernels._dispatch import Op, exporting
 from tvkernels.ops.guided_ddim_step.api import check_blend
 
 
@@ -42,7 +41,7 @@ def latent_blend(
     if not foreground.is_floating_point():
         raise ValueError(f"foreground is a floating tensor, got {foreground.dtype}")
     check_blend(foreground, background, mask)
-    if torch.compiler.is_exporting():  # it wraps a mutating op in a node that cannot decompose
+    if exporting():  # it wraps a mutating op in a node that cannot decompose
         OP.backend("cpu").forward(foreground, background, mask)
     else:
         OP(foreground, background, mask, backend=backend)
