@@ -80,7 +80,7 @@ def random_parts(unet: dict, seed: int = 0) -> dict:
     output.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         net = UNet2DConditionModel(**unet).eval()
         config = CLIPTextConfig.from_pretrained(MODEL_DIR, subfolder="text_encoder")
         config.update({"hidden_size": net.config.cross_attention_dim, "num_attention_heads": 4})

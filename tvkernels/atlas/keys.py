@@ -68,7 +68,7 @@ def aggregate(
     """
     stack = torch.cat(list(partial), 2).permute(2, 0, 1)[None]
     with torch.enable_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # the same edit, the same network
+        torch.default_generator.manual_seed(0)  # the same edit, the same network
         network = nn.Sequential(
             nn.Conv2d(stack.shape[1], 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 3, 3, padding=1)
         ).to(start.device)

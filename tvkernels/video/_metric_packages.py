@@ -90,7 +90,7 @@ class Dover:
         before = np.random.get_state()
         try:
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
+                torch.default_generator.manual_seed(0)
                 np.random.seed(0)
                 return self.data.spatial_temporal_view_decomposition(
                     list(frames), DOVER_VIEWS, self.samplers
