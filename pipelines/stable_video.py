@@ -22,7 +22,7 @@ from tvkernels import atlas_composite, atlas_sample, atlas_splat, guided_ddim_st
 from tvkernels._ranges import each_step, span
 from tvkernels.atlas import AtlasSettings, LayeredAtlas, train_atlas
 from tvkernels.atlas.files import from_state
-from tvkernels.atlas.keys import aggregate, key_frames, median
+from tvkernels.atlas.keys import aggregate, key_frames, median, texels_seen
 from tvkernels.atlas.train import filled
 from tvkernels.pipelines.cache import Cache, content_key
 from tvkernels.pipelines.common import VideoEditOutput, ddim_table, frames_to_tensor
@@ -301,7 +301,10 @@ class StableVideoPipeline(OneShotPipeline):
             elif number and way == "atlas":
                 # Eq. 5; what the key frame before did not show, and the rest of the picture, is
                 # the frame's own: the paper's black is nothing that the model has seen.
-                start = self._carried(own, uv[f], alpha[f], partial[-1], covers[-1])
+                before = keys[number - 1]
+                seen = texels_seen(covers[-1], uv[before], alpha[before], own.shape[1:])
+                colors = filled(partial[-1], covers[-1])
+                start = self._carried(own, uv[f], alpha[f], colors, seen)
                 strength = self.settings.strength
             noise = None
             if guided or way in ("fixed", "random"):
@@ -320,9 +323,9 @@ class StableVideoPipeline(OneShotPipeline):
             colors = aggregate(colors, partial, targets, uv[keys], alpha[keys])
         return filled(colors, torch.stack(covers).sum(0))
 
-    def _carried(self, own, uv, alpha, picture, cover) -> Tensor:
+    def _carried(self, own, uv, alpha, picture, seen) -> Tensor:
         """The edit before, mapped through its partial atlas into this frame, [3, H, W]."""
-        marked = torch.cat([picture, (cover > 0).to(picture)[..., None]], 2)
+        marked = torch.cat([picture, seen.to(picture)[..., None]], 2)
         shown = atlas_sample(marked[None], uv[None])
         seen = (shown[..., 3] > 0.999).to(alpha) * alpha[None]
         layers = torch.stack([shown[..., :3], _points(own)[None]], 1)

@@ -11,7 +11,8 @@ from diffusers import ControlNetModel
 
 from tvkernels import atlas_sample
 from tvkernels.atlas import AtlasSettings, save_atlas, train_atlas
-from tvkernels.atlas.keys import aggregate, key_frames, median
+from tvkernels.atlas.keys import aggregate, key_frames, median, texels_seen
+from tvkernels.atlas.train import filled
 from tvkernels.cli import main
 from tvkernels.demo import MODEL_DIR
 from tvkernels.demo.world import heldout_scene
@@ -203,11 +204,31 @@ class TestPropagation:
         edit = torch.rand(3, 64, 64, generator=seeded()) * 0.1 + 0.45
         points = edit.flatten(1).T[None]
         picture, cover = atlas_splat(points, uv[None], atlas.layers[0].size, weight=alpha[None])
-        carried = pipe._carried(pipe._pixels[1], uv, alpha, picture[0], cover[0])
+        carried = pipe._carried(pipe._pixels[1], uv, alpha, picture[0], cover[0] > 0)
         solid = torch.from_numpy(clip.masks[1] > 0.99)
         assert (carried - edit).abs()[:, solid].mean() < 0.03
         outside = torch.from_numpy(clip.masks[1] < 0.01)
         assert (carried - pipe._pixels[1]).abs()[:, outside].mean() < 0.01
+
+    def test_an_object_that_grows_is_carried_whole(self, pipe):
+        """Its pixels in the frame before lie three texels apart in the atlas."""
+        from tvkernels import atlas_splat
+
+        axis = (torch.arange(32) + 0.5) / 16 - 1
+        near = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), -1).reshape(-1, 2)
+        far = near * 3  # so that a third of a side is the whole object
+        inside = (far.abs() < 1).all(1).float()
+        edit = torch.tensor([0.9, 0.1, 0.1]).expand(1, 1024, 3)
+        picture, cover = atlas_splat(edit, far[None], (32, 32), weight=inside[None])
+        assert (cover == 0).any()
+        seen = texels_seen(cover[0], far, inside, (32, 32))
+        own = torch.zeros(3, 32, 32)
+        carried = pipe._carried(own, near, torch.ones(1024), filled(picture[0], cover[0]), seen)
+        middle = carried[:, 4:-4, 4:-4]
+        torch.testing.assert_close(middle, edit[0, 0].view(3, 1, 1).expand_as(middle))
+        moved = torch.zeros(32, 32)
+        moved[4:8, 4:8] = 1  # a small piece: what is around it stays unseen
+        assert not texels_seen(moved, near, moved.flatten(), (32, 32))[:, 12:].any()
 
     @pytest.mark.parametrize("way", PROPAGATION)
     def test_where_each_key_frame_starts(self, pipe, clip, way, monkeypatch):

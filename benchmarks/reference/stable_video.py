@@ -3,7 +3,8 @@
 `invert` and `sample` take pictures, one or several, as Stable Diffusion does; `edit_keys` is
 section 3.2 with plain atlas ops, the lookup by grid_sample and its adjoint by a loop over corners.
 Without ControlNets, so that the noise of eq. 6 is a picture's own inversion, as in ours. Left out:
-the atlas's training, the choice of key frames, the aggregation network (eq. 7), the background.
+the atlas's training, the choice of key frames, the aggregation network (eq. 7), the background;
+an object so small in the key frame before that its pixels leave texels between them.
 """
 
 from __future__ import annotations

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tvkernels import atlas_sample, atlas_splat
@@ -42,6 +44,29 @@ def key_frames(
         else:
             place += 1
     return keys
+
+
+def texels_seen(cover: Tensor, uv: Tensor, alpha: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Where the atlas shows a frame, and between its pixels: an object that is small in this frame
+    and large in the atlas leaves texels without any.
+
+    Args:
+        cover: [H, W] of the frame's splat, whose pixels reach two texels each way.
+        uv, alpha: [P, 2] and [P] of the frame.
+        shape: (height, width) of the frame.
+    Returns:
+        bool [H, W].
+    """
+    place = (uv * uv.new_tensor(cover.shape[::-1]) / 2).unflatten(0, shape)
+    solid, apart = alpha.view(shape) > 0.5, 2.0
+    for axis, count in enumerate(shape):
+        both = solid.narrow(axis, 1, count - 1) & solid.narrow(axis, 0, count - 1)
+        steps = place.diff(dim=axis).abs().amax(2)[both]
+        apart = max(apart, steps.max().item()) if len(steps) else apart
+    radius = math.ceil((math.ceil(apart) - 2) / 2)
+    seen, side = (cover > 0).to(uv)[None], 2 * radius + 1
+    grown = F.max_pool2d(seen, side, 1, radius)
+    return -F.max_pool2d(-grown, side, 1, radius)[0] > 0
 
 
 def median(partial: Sequence[Tensor], covers: Sequence[Tensor]) -> Tensor:
