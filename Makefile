@@ -5,20 +5,21 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 EXTRAS ?= diffusers,video,cli,atlas,export,tensorrt-rtx,dev
 WORKERS ?= 2
+CONSTRAINTS ?= constraints.txt
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.tvkernels-installed
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c $(CONSTRAINTS)
 
 # What `make setup` was given a compiler for is compiled again when a source has changed.
 CSRC := $(wildcard csrc/*.cpp csrc/*/*.* csrc/*/*/*.*)
 
-.PHONY: setup native demo test test-slow lint bench bench-check report gpu clean
+.PHONY: setup native demo test test-slow test-oldest lint bench bench-check report gpu clean
 
 setup: $(STAMP)
 
 # torch comes first and by itself: whatever else would pull it in could bring another build along.
-$(STAMP): pyproject.toml setup.py constraints.txt $(CSRC)
+$(STAMP): pyproject.toml setup.py $(CONSTRAINTS) $(CSRC)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) setuptools wheel
 	$(PIP) $(TORCH)
@@ -39,6 +40,18 @@ test: setup
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
+
+# The tests under the oldest torch and triton that are supported, which pip brings with gigabytes
+# of CUDA, and what goes with them: Triton 3.6's interpreter needs NumPy before 2.4.
+OLDEST := torch==2.11.0 triton==3.6.0 torchvision==0.26.0 numpy==2.3.5 setuptools==81.0.0
+
+test-oldest: build/oldest.txt
+	$(MAKE) test VENV=build/oldest TORCH='$(firstword $(OLDEST))' CONSTRAINTS=$<
+
+build/oldest.txt: constraints.txt Makefile
+	@mkdir -p $(@D)
+	sed $(foreach pin,$(OLDEST),-e '/^$(firstword $(subst ==, ,$(pin)))==/d') $< >$@
+	printf '%s\n' $(OLDEST) >>$@
 
 lint: setup
 	$(BIN)/ruff check .
