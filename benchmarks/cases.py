@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tvkernels.ops import NAMES, specs
+from tvkernels.testing.calls import copied
 from tvkernels.testing.spec import Maker, OpSpec
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -103,15 +104,6 @@ def inputs(
     """Fresh (positional, keyword) arguments; the same seed draws the same numbers."""
     seed += 1000 * sum(map(ord, spec.name + case))
     return copied(spec.inputs(spec.cases[case], DeviceMaker(seed, dtype, device, layout)))
-
-
-def copied(args):
-    """The same arguments in memory of their own: another set for the caches."""
-    positional, keyword = args
-    return (
-        [x.clone() if isinstance(x, Tensor) else x for x in positional],
-        {name: x.clone() if isinstance(x, Tensor) else x for name, x in keyword.items()},
-    )
 
 
 def number_of_sets(size: int, device: torch.device) -> int:

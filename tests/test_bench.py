@@ -18,7 +18,7 @@ from tvkernels._dispatch import OPS
 from tvkernels.benchmarks import cases, limits, timing
 from tvkernels.benchmarks.ops import checks, dense, flex, gate, gpu, report, rivals, run
 from tvkernels.ops import NAMES, specs
-from tvkernels.testing.calls import tensors
+from tvkernels.testing.calls import copied, tensors
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -218,7 +218,7 @@ def test_inputs_repeat_and_keep_their_layout():
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert not torch.equal(first[0], other[0]) and first[0].dtype == torch.float16
     permuted = cases.inputs(TEMPORAL, "small", torch.float16, CPU, layout="permuted")
-    assert not tensors(cases.copied(permuted))[0].is_contiguous()
+    assert not tensors(copied(permuted))[0].is_contiguous()
 
 
 # FlexAttention that is not compiled takes a second a case.

@@ -202,8 +202,13 @@ def test_what_no_kernel_takes_is_said():
     x = randn(1, 1, 2, 1, 257)
     with pytest.raises(BackendError, match="head dim 257 is above 256"):
         frame_attention(x, x, x, FramePattern.own(), backend="triton")
-    wide = torch.empty_strided((1, 1, 2, 1, 8), (0, 0, 2**24, 8, 1), device="meta")
+    x = x[..., :256]
     table = FramePattern.own().table(1)
+    for arch, expected in (("sm_89", ["head dim 256 is above 192 on sm_89"]), ("sm_90", [])):
+        with record(arch):
+            assert backend.why_not(x, x, x, *table[:2], [0, 0], 0, 0, None, False) == expected
+    x = x[..., :8]
+    wide = torch.empty_strided((1, 1, 2, 1, 8), (0, 0, 2**24, 8, 1), device="meta")
     reasons = backend.why_not(wide, x, x, *table[:2], [0, 0], 0, 0, None, False)
     assert any("tokens of q are 16777216 elements apart" in reason for reason in reasons)
 

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from tvkernels import temporal_conv
+from tvkernels.ops.temporal_conv import cpu
 from tvkernels.ops.temporal_conv.spec import SPEC, result_shape
 from tvkernels.testing.calls import build
 
@@ -94,3 +95,11 @@ def test_what_does_not_fit_is_one_line(message):
     BAD[message](arguments)
     with pytest.raises(ValueError, match=message):
         temporal_conv(**arguments)
+
+
+def test_products_of_matrices_have_the_convolutions_gradients():
+    """On CUDA, where a convolution's are TF32."""
+    outer, x = torch.randn(2, 3, 10, 2, 5).double(), torch.randn(2, 3, 8, 2, 5).double()
+    weight = torch.randn(10, 8).double()
+    found, expected = (f(outer, x, weight) for f in (cpu._as_matrices, cpu._product_gradients))
+    torch.testing.assert_close(found, expected)

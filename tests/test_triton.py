@@ -104,6 +104,17 @@ def test_bfloat16_is_refused_in_the_interpreter(op):
         run(spec, args, "triton")
 
 
+def test_a_blend_of_shifted_views_of_one_memory_is_refused():
+    """Its blocks would read what others have written; composed PyTorch takes it."""
+    half, kept = torch.full((1023,), 0.5), torch.arange(1024.0)
+    expected = (kept[1:] + kept[:-1]) / 2
+    with pytest.raises(BackendError, match="background overlaps foreground"):
+        latent_blend(kept[1:], kept[:-1], half, backend="triton")
+    latent_blend(kept[1:], kept[:-1], half)
+    torch.testing.assert_close(kept[1:], expected)
+    latent_blend(kept, kept, torch.tensor(0.5), backend="triton")  # element by element
+
+
 def test_an_interpreter_that_numpy_has_outrun_is_refused(monkeypatch):
     monkeypatch.setattr(support.triton, "__version__", "3.6.0")
     monkeypatch.setattr(support.metadata, "version", lambda name: "2.4.0")

@@ -249,7 +249,7 @@ def _build_table(
         table = FrameTable(
             torch.tensor(ends, dtype=torch.int32, device=device),
             # A clone, for the sizes of a view's base are guarded too.
-            torch.tensor(flat, dtype=torch.int32, device=device).view(-1, 4).clone(),
+            torch.tensor(flat, dtype=torch.int32).view(-1, 4).clone().to(device),
             torch.empty(
                 0, *(2 + n for n in (*levels, num_frames)), dtype=torch.int32, device=device
             ),

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tvkernels.benchmarks.cases import copied
 from tvkernels.testing.budget import error_and_budget
-from tvkernels.testing.calls import leaves, tensors
+from tvkernels.testing.calls import copied, leaves, tensors
 from tvkernels.testing.spec import OpSpec, to_dtype
 
 # Ops whose heads and clips do not meet, so that one head of one clip is a call of its own.

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from tvkernels._dispatch import ON_DEVICE, OPS
-from tvkernels.benchmarks.cases import copied, inputs
+from tvkernels.benchmarks.cases import inputs
 from tvkernels.benchmarks.ops import checks
-from tvkernels.testing.calls import registered_arguments, tensors
+from tvkernels.testing.calls import copied, registered_arguments, tensors
 from tvkernels.testing.spec import OpSpec
 
 RUNS = 20

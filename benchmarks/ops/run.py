@@ -22,7 +22,6 @@ from tvkernels.benchmarks import RESULTS, machine
 from tvkernels.benchmarks.cases import (
     DTYPES,
     STAND_IN,
-    copied,
     inputs,
     line_up,
     number_of_sets,
@@ -30,7 +29,7 @@ from tvkernels.benchmarks.cases import (
 from tvkernels.benchmarks.limits import Rates, limit, measure_rates
 from tvkernels.benchmarks.ops import checks, rivals
 from tvkernels.benchmarks.timing import Candidate, interleave, peak_bytes
-from tvkernels.testing.calls import leaves, tensors
+from tvkernels.testing.calls import copied, leaves, tensors
 from tvkernels.testing.spec import OpSpec
 
 ROWS = RESULTS / "ops.jsonl"

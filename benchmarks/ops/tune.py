@@ -21,13 +21,13 @@ import torch
 from tvkernels._triton import configs
 from tvkernels._triton.launch import arch
 from tvkernels.benchmarks import machine
-from tvkernels.benchmarks.cases import DTYPES, copied, inputs, number_of_sets
+from tvkernels.benchmarks.cases import DTYPES, inputs, number_of_sets
 from tvkernels.benchmarks.ops import checks
 from tvkernels.benchmarks.ops.run import device_of
 from tvkernels.benchmarks.timing import Candidate, interleave
 from tvkernels.ops import specs
 from tvkernels.testing import kernels
-from tvkernels.testing.calls import tensors
+from tvkernels.testing.calls import copied, tensors
 
 ENOUGH = 0.98  # of the best time so far: what a neighbour must reach to replace it
 MOST_STAGES, MOST_WARPS = 5, 8

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 DIMENSIONS = 5  # video latents have no more
-LARGEST = 2**31 - 1  # elements that an int32 counts
+LARGEST = 2**31 - 2048  # elements that an int32 counts, those of the last block included
 
 
 def why_not(shape: tuple[int, ...], tensors: Mapping[str, Tensor]) -> list[str]:

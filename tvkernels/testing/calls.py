@@ -32,12 +32,22 @@ def build(
     """
     seed += 1000 * sum(map(ord, spec.name + case))
     args = spec.inputs(spec.cases[case], Maker(seed, dtype, **make))
-    positional, keyword = to_dtype(args, wide or dtype)
     # A tensor given twice, or one that an op writes into, must not tie two calls together.
-    return (
-        [x.clone() if isinstance(x, Tensor) else x for x in positional],
-        {name: x.clone() if isinstance(x, Tensor) else x for name, x in keyword.items()},
-    )
+    return copied(to_dtype(args, wide or dtype))
+
+
+def copied(args):
+    """The same (positional, keyword) arguments in memory of their own, with the same strides."""
+    positional, keyword = args
+    return [_copy(x) for x in positional], {name: _copy(x) for name, x in keyword.items()}
+
+
+def _copy(x):
+    if not isinstance(x, Tensor):
+        return x
+    if 0 in x.stride():
+        return x.clone()
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x)
 
 
 def tensors(result) -> list[Tensor]:

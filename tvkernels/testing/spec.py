@@ -68,7 +68,8 @@ class Maker:
     """Fresh random tensors from a seed: normal, of one dtype on one device.
 
     Args:
-        layout: "dense", or "permuted" for tensors whose memory order is not their index order.
+        layout: "dense", or "permuted" for tensors whose memory order is not their index order and
+            vectors whose elements lie apart.
         extreme: "" for normal values, "equal" for all scores alike, "huge" for one huge value.
     """
 
@@ -98,9 +99,12 @@ class Maker:
         if self.extreme == "huge" and x.numel() and not (positive or plain):
             x.view(-1)[x.numel() // 2] = 100.0 * scale
         x = x.to(self.dtype)  # rounded first, so that every precision sees the same numbers
-        if self.layout == "permuted" and x.dim() > 1:
+        x = x.to(self.device)
+        if self.layout == "permuted" and x.dim() == 1:
+            x = x.repeat_interleave(2)[::2]
+        elif self.layout == "permuted" and x.dim():
             x = x.movedim(0, -1).contiguous().movedim(-1, 0)
-        return x.to(self.device)
+        return x
 
 
 def to_dtype(args, dtype: torch.dtype):

@@ -177,10 +177,12 @@ def _scatter(
         into = start + c
         near = (1 - right)[:, None]
         far = right[:, None]
-        tl.atomic_add(into, (upper * near).to(tl.int64), mask=inside)
-        tl.atomic_add(into + next_column, (upper * far).to(tl.int64), mask=inside)
-        tl.atomic_add(into + next_row, (lower * near).to(tl.int64), mask=inside)
-        tl.atomic_add(into + next_row + next_column, (lower * far).to(tl.int64), mask=inside)
+        # Nothing is read here: ordered, each sum would wait for all memory and empty the L1.
+        tl.atomic_add(into, (upper * near).to(tl.int64), mask=inside, sem="relaxed")
+        tl.atomic_add(into + next_column, (upper * far).to(tl.int64), mask=inside, sem="relaxed")
+        into += next_row
+        tl.atomic_add(into, (lower * near).to(tl.int64), mask=inside, sem="relaxed")
+        tl.atomic_add(into + next_column, (lower * far).to(tl.int64), mask=inside, sem="relaxed")
 
 
 def scatter(op: str, values, uv, weight, height: int, width: int, scale: Tensor, ones=False):

@@ -15,6 +15,7 @@ from tvkernels.ops.frame_attention.kernels import _attend, _pool
 
 NAME = "frame_attention"
 MAX_HEAD_DIM = 256
+NARROWER = {"sm_86": 192, "sm_89": 192}  # whose shared memory is 99 KiB: at 256 tiles take 104
 # Offsets inside a tile of 128 rows are 32-bit numbers; those of tiles, frames and batches 64-bit.
 MAX_ROW_STRIDE = 2**24
 
@@ -24,6 +25,8 @@ def why_not(q, k, v, row_ptr, segments, levels, h, w, scale, return_lse) -> list
     reasons = support.why_not(q, k, v, row_ptr, segments, matrices=True)
     if q.shape[-1] > MAX_HEAD_DIM:
         reasons.append(f"head dim {q.shape[-1]} is above {MAX_HEAD_DIM}")
+    elif not reasons and q.shape[-1] > NARROWER.get(arch(q), MAX_HEAD_DIM):
+        reasons.append(f"head dim {q.shape[-1]} is above {NARROWER[arch(q)]} on {arch(q)}")
     for name, x in (("q", q), ("k", k), ("v", v)):
         if abs(x.stride(2)) >= MAX_ROW_STRIDE:
             reasons.append(f"tokens of {name} are {x.stride(2)} elements apart, 2^24 or more")

@@ -9,6 +9,7 @@ import triton.language as tl
 from tvkernels._triton import elementwise, support
 from tvkernels._triton.configs import cdiv, choose
 from tvkernels._triton.launch import arch, launch
+from tvkernels.ops.latent_blend.cpu import overlap
 
 
 def why_not(foreground, background, mask) -> list[str]:
@@ -16,6 +17,9 @@ def why_not(foreground, background, mask) -> list[str]:
     reasons = support.why_not(foreground, background, mask)
     if any(n > 1 and s == 0 for n, s in zip(foreground.shape, foreground.stride(), strict=True)):
         reasons.append("elements of foreground share memory: it cannot be written in place")
+    for name, x in (("background", background), ("mask", mask)):
+        if overlap(foreground, x):
+            reasons.append(f"{name} overlaps foreground, which is written while it is read")
     return reasons + elementwise.why_not(*_walk(foreground, background, mask))
 
 

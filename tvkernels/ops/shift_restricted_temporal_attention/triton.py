@@ -22,7 +22,7 @@ from tvkernels.ops.spectral_linear.reference import normalised
 NAME = "shift_restricted_temporal_attention"
 WIDEST = 320  # channels of the two kernels: beyond, weights outgrow what programs can re-read
 ONE_PASS = 32  # frames that one program holds at once
-WIDEST_HEAD = 80  # its weights are held in three stages: at 160, more than shared memory
+WIDEST_HEAD = 48  # its weights are held in stages: at 64 registers spill, at 160 nothing fits
 NARROWEST = 16  # smallest side of a matrix product
 WGMMA = ("_attend_projected", "_project_out")
 
@@ -105,7 +105,8 @@ def _project(z, attended, w_out, bias, sigma, out):
     launch(
         _project_out,
         (blocks,),
-        {"z": z, "attended": attended, "weight": w_out, "bias": bias, "sigma": sigma, "out": out}
+        {"z": z, "attended": attended, "weight": w_out, "sigma": sigma, "out": out}
+        | {"bias": None if bias is None else bias.contiguous()}
         | {"frames": f, "positions": n, "channels": c, "rows": b * f * n}
         | _strides("z", z, "bfnc") | _strides("weight", w_out, "oi"),
         config,

@@ -50,7 +50,8 @@ def forward(x, weight, bias, norm_weight, norm_bias, residual, groups, eps, stri
         _convolve,
         (b * count * tiles,),
         {
-            "x": x, "weight": taps, "residual": residual, "out": out, "bias": bias,
+            "x": x, "weight": taps, "residual": residual, "out": out,
+            "bias": None if bias is None else bias.contiguous(),
             "channels": c, "outs": outs, "frames": frames, "real": f, "count": count,
             "stride": stride, "positions": h * w, "width": w,
             **_strides("x", x), **_strides("r", out if residual is None else residual),
