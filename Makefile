@@ -75,7 +75,7 @@ report: setup
 # the python that is found first. TRITON_PTXAS_PATH names another ptxas. The CUDA library takes part
 # where `make native` has built it.
 gpu:
-	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks
+	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks $(if $(OUTPUT),--output $(OUTPUT))
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache compile_commands.json tvkernels/_C_*.so

@@ -38,9 +38,10 @@ def driver(device: torch.device) -> str | None:
     """The newest CUDA the driver serves, before it its own version where nvidia-smi tells it."""
     if device.type != "cuda":
         return None
-    number = torch._C._cuda_getDriverVersion()
-    served = f"for CUDA {number // 1000}.{number % 1000 // 10}"
-    return " ".join(filter(None, [_nvidia_smi("driver_version", device), served]))
+    ask = getattr(torch._C, "_cuda_getDriverVersion", None)  # not in torch 2.11
+    number = ask() if ask else 0
+    served = f"for CUDA {number // 1000}.{number % 1000 // 10}" if number else None
+    return " ".join(filter(None, [_nvidia_smi("driver_version", device), served])) or None
 
 
 def sm_clock(device: torch.device) -> int | None:
@@ -49,7 +50,7 @@ def sm_clock(device: torch.device) -> int | None:
         return None
     try:
         return int(torch.cuda.clock_rate(device))
-    except (ImportError, RuntimeError, AttributeError):  # no pynvml beside torch
+    except Exception:  # no pynvml beside torch, or an error of its own kind
         text = _nvidia_smi("clocks.sm", device)
         return int(text) if text and text.isdigit() else None
 

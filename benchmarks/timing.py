@@ -164,10 +164,16 @@ def _graph(calls: Sequence[Callable], device: torch.device) -> Callable[[], list
             call()
     torch.cuda.current_stream(device).wait_stream(side)
     torch.cuda.synchronize(device)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        # Kept until all are captured: results that shared one place would stay in L2.
-        kept = [call() for call in calls]
+    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+    try:
+        with torch.cuda.graph(graph, pool=pool):
+            # Kept until all are captured: results that shared one place would stay in L2.
+            kept = [call() for call in calls]
+    except Exception:
+        # torch 2.11 leaves the allocator capturing, and then no other capture can begin.
+        with contextlib.suppress(Exception):
+            torch._C._cuda_endAllocateToPool(side.device.index, pool)
+        raise
     del kept
 
     def replay() -> list[float]:

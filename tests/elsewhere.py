@@ -44,6 +44,9 @@ class Elsewhere(Tensor):
         listed = tuple(torch.tensor(i) if isinstance(i, list) else i for i in listed)
         return super().__getitem__(listed if isinstance(index, tuple) else listed[0])
 
+    def new_tensor(self, data, *, dtype=None):
+        return torch.tensor(data, dtype=dtype or self.dtype).to(DEVICE)
+
     def __repr__(self, **kwargs):
         return f"Elsewhere({self.values})"
 

@@ -15,7 +15,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from tvkernels import _native
 from tvkernels._dispatch import OPS
-from tvkernels.benchmarks import cases, limits, timing
+from tvkernels.benchmarks import cases, limits, machine, timing
 from tvkernels.benchmarks.ops import checks, dense, flex, gate, gpu, report, rivals, run
 from tvkernels.ops import NAMES, specs
 from tvkernels.testing.calls import copied, tensors
@@ -151,6 +151,61 @@ def test_a_rival_that_raises_cannot(measured, monkeypatch):
     monkeypatch.setitem(rivals.ENGINES, "xformers", lambda: refuse)
     row = by_provider(measured("temporal_attention", "small", providers=["xformers"]))["xformers"]
     assert (row["status"], row["reason"]) == ("cannot", "TypeError: head dim 8")
+
+
+def test_one_that_fails_later_leaves_the_others_their_times(measured, monkeypatch):
+    exact = rivals.ENGINES["sdpa-math"]()
+
+    def tiring(error):
+        calls = iter(range(10))
+
+        def attend(*args):
+            if next(calls):
+                raise error
+            return exact(*args)
+
+        return lambda: attend
+
+    for error, status in (
+        (RuntimeError("no graph\nany more"), "cannot"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to"), "skipped"),
+    ):
+        monkeypatch.setitem(rivals.ENGINES, "xformers", tiring(error))
+        rows = by_provider(measured("temporal_attention", "small", providers=["xformers", "cpu"]))
+        assert rows["xformers"]["status"] == status and rows["xformers"]["median_s"] is None
+        assert rows["cpu"]["status"] == "timed" and rows["cpu"]["median_s"]
+    monkeypatch.setattr(run, "interleave", tiring(RuntimeError("CUBLAS_STATUS_ALLOC_FAILED"))())
+    run.interleave(*[torch.zeros(1, 1, 1, 1)] * 3, 1.0)
+    (row,) = measured("temporal_attention", "small", providers=["cpu"])
+    assert row["status"] == "skipped" and row["error"] is not None
+
+
+def test_a_deadline_cuts_off_no_whole_op(tmp_path):
+    ops = ["frame_attention", "temporal_attention"]
+    rows = run.run(ops, None, ["cpu"], device="cpu", deadline=-1.0, output=tmp_path / "ops.jsonl")
+    assert [row["op"] for row in rows[:4]] == ops * 2
+
+
+def test_the_largest_are_not_captured_where_graphs_would_fill_the_memory(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100, 200))
+    candidates = [timing.Candidate(str(n), [], n != 70) for n in (10, 70, 40, 30)]
+    run._leave_room(candidates, [10, 70, 40, 30], CPU)
+    assert [c.capturable for c in candidates] == [True, False, False, True]
+
+
+def test_a_driver_that_tells_no_version(monkeypatch):
+    """torch 2.11 has no such call, and a machine may have no nvidia-smi."""
+    monkeypatch.delattr(torch._C, "_cuda_getDriverVersion", raising=False)
+    for told in ("580.1", None):
+        monkeypatch.setattr(machine, "_nvidia_smi", lambda *args, told=told: told)
+        assert machine.driver(torch.device("cuda")) == told
+
+
+def test_shift_restricted_rivals_are_trained_more_than_once(measured):
+    name = "shift_restricted_temporal_attention"
+    case = SPECS[name].small_cases[0]
+    (row,) = measured(name, case, providers=["sdpa-math"], backward=True)
+    assert row["status"] == "timed", row["reason"]
 
 
 def test_backward_rows(measured, broken):
@@ -440,6 +495,31 @@ def test_gate_sees_races(broken):
     found = gate.repeat(TEMPORAL, job, torch.float32, CPU)
     assert found["status"] == "wrong" and found["reason"].startswith("1 of 20 runs")
     assert len(runs) == gate.RUNS
+
+
+def test_gate_sees_races_of_what_is_written_in_place(broken, monkeypatch):
+    spec, job = SPECS["latent_blend"], gate.Job("one_mask", "cpu", repeats=True)
+    assert gate.repeat(spec, job, torch.float32, CPU)["status"] == "right"
+    forward = OPS["latent_blend"].backend("cpu").forward
+
+    def racing(foreground, *args):
+        forward(foreground, *args)
+        foreground += torch.rand(())
+
+    monkeypatch.setattr(OPS["latent_blend"].backend("cpu"), "forward", racing)
+    assert gate.repeat(spec, job, torch.float32, CPU)["status"] == "wrong"
+
+
+@pytest.mark.interpreter
+def test_gate_calls_nothing_a_race_that_is_no_kernel():
+    pytest.importorskip("triton")
+    for op, expected in (("temporal_conv", "composed PyTorch"), ("atlas_splat", None)):
+        case = SPECS[op].small_cases[0]
+        job = gate.Job(case, "triton", backward=True, repeats=True)
+        reasons = gate.refusals(SPECS[op], job, torch.float32, CPU)
+        assert expected in reasons[0] if expected else not reasons
+        plain = gate.Job(case, "triton", backward=True)
+        assert not gate.refusals(SPECS[op], plain, torch.float32, CPU)
 
 
 def test_gate_says_what_it_leaves_out(broken, monkeypatch):

@@ -146,16 +146,19 @@ def _token_map_attention(q, k, v, tokens, *, scale=None) -> Dense:
 def _stam(z, w_q, w_k, w_v, w_out, bias=None, *, heads, sigma_v=None, sigma_out=None) -> Dense:
     b, frames, n, c = z.shape
     normalised = OPS["spectral_linear"].backend("reference").normalised
-    weights = w_q, w_k, normalised(w_v, sigma_v)  # folded once, as one would for inference
-    w_out = normalised(w_out, sigma_out)
+    trained = w_v.requires_grad or w_out.requires_grad
+    # Folded once, as one would for inference; in training each call has a graph of its own.
+    folded = None if trained else (normalised(w_v, sigma_v), normalised(w_out, sigma_out))
 
     def gather(z, *_):
+        weights = w_q, w_k, normalised(w_v, sigma_v) if trained else folded[0]
         clips = z.transpose(1, 2).reshape(b * n, frames, c)
         centered = clips - clips.mean(1, keepdim=True)
         return tuple(F.linear(centered, w).unflatten(-1, (heads, -1)) for w in weights)
 
     def back(out):
-        attended = F.linear(out.flatten(2), w_out, bias)
+        last = normalised(w_out, sigma_out) if trained else folded[1]
+        attended = F.linear(out.flatten(2), last, bias)
         return (z + attended.reshape(b, n, frames, c).transpose(1, 2)).contiguous()
 
     return Dense(gather, back, (c // heads) ** -0.5, copies=True)

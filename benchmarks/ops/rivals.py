@@ -93,7 +93,10 @@ def _present_or_not(name: str, spec: OpSpec, args) -> list[Provider | Absent]:
         if name in BACKENDS:
             return [_own(name, spec, args)]
         if name == COMPILED:
-            return [Provider(name, AS_USED, functools.partial(_compiled, spec), slow_start=True)]
+            # frame_attention's reference makes tensors on the host, which no capture takes.
+            kept = functools.partial(_compiled, spec)
+            capturable = spec.name != "frame_attention"
+            return [Provider(name, AS_USED, kept, capturable=capturable, slow_start=True)]
         if name == FLEX:
             return _flex(spec, args)
         return _dense(name, spec, args)

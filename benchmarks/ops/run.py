@@ -101,6 +101,10 @@ def run(
     for name in names:
         if name not in DTYPES:
             raise ValueError(f"unknown dtype {name!r}: use one of {', '.join(DTYPES)}")
+    if deadline < float("inf"):  # what it cuts off shall not be whole ops
+        ranks = {pair: rank for _, own in itertools.groupby(chosen, key=lambda x: x[0].name)
+                 for rank, pair in enumerate((s.name, c) for s, c in own)}  # fmt: skip
+        chosen.sort(key=lambda x: ranks[x[0].name, x[1]])
     if not chosen:
         raise ValueError("none of these ops has gradients: leave out --backward")
     output = ROWS if output is None else output
@@ -171,6 +175,7 @@ def measure_case(
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()  # what was compiled for other cases
     args = inputs(spec, case, dtype, device)
+    found, part = [], None
     try:
         truth = checks.truth(spec, args, backward=settings.backward)
         found, right = check_all(spec, args, truth, row, names, settings)
@@ -178,11 +183,21 @@ def measure_case(
         del truth
         outer = checks.outer_gradients(spec, args) if settings.backward else None
         time_together(spec, args, outer, right, settings)
-    except torch.OutOfMemoryError as error:
+    except Exception as error:
+        if not checks.out_of_memory(error):
+            raise
         torch.cuda.empty_cache()
-        reason = f"too little memory: {str(error).partition('. ')[0]}"
-        return [row | {"provider": "all", "status": SKIPPED, "reason": reason}]
+        skipped = _skipped(error)
+        for result in found:
+            if result["status"] in (TIMED, LOSSY) and result["median_s"] is None:
+                result |= skipped
+        found = found or [row | {"provider": "all"} | skipped]
     return [result | {"checked": part} for result in found]
+
+
+def _skipped(error: Exception) -> dict:
+    reason = f"too little memory: {str(error).partition('. ')[0]}"
+    return {"status": SKIPPED, "reason": reason}
 
 
 def check_all(
@@ -247,13 +262,28 @@ def time_together(spec: OpSpec, args, outer, right: list, settings: Settings) ->
     device = settings.device
     size = sum(x.nbytes for x in tensors(args))
     sets = [copied(args) for _ in range(number_of_sets(size, device))]
-    candidates = []
+    candidates, fit = [], []
     for provider, result in right:
         calls = [bound(spec, provider, own, outer) for own in sets]
-        calls[0]()
-        result["peak_bytes"] = peak_bytes(calls[0], device)
+        try:
+            calls[0]()
+            result["peak_bytes"] = peak_bytes(calls[0], device)
+        except Exception as error:  # its first call, on memory of its own, went well
+            if checks.out_of_memory(error):
+                torch.cuda.empty_cache()
+                result |= _skipped(error)
+            else:
+                lost = WRONG if provider.name in BACKENDS else CANNOT
+                result |= {"status": lost, "reason": f"its second call: {error}".splitlines()[0]}
+            continue
         capturable = provider.capturable and outer is None
         candidates.append(Candidate(provider.name, calls, capturable))
+        fit.append((provider, result))
+    right = fit
+    if not right:
+        return
+    if device.type == "cuda":
+        _leave_room(candidates, [result["peak_bytes"] for _, result in right], device)
     times = interleave(candidates, device, settings.seconds)
     base = [t.median_s for (p, _), t in zip(right, times, strict=True) if p.name == "reference"]
     for (_, result), t in zip(right, times, strict=True):
@@ -264,6 +294,15 @@ def time_together(spec: OpSpec, args, outer, right: list, settings: Settings) ->
             "percent_of_limit": 100 * result["limit_s"] / t.median_s,
             "reason": result["reason"] or t.note,
         }  # fmt: skip
+
+
+def _leave_room(candidates: Sequence[Candidate], peaks: Sequence[int], device) -> None:
+    """A graph keeps what its calls held; the largest are left out until half the memory does."""
+    room = torch.cuda.mem_get_info(device)[0] // 2
+    kept = sum(peak for c, peak in zip(candidates, peaks, strict=True) if c.capturable)
+    for c, peak in sorted(zip(candidates, peaks, strict=True), key=lambda pair: -pair[1]):
+        if kept > room and c.capturable:
+            c.capturable, kept = False, kept - peak
 
 
 def line(row: dict) -> str:

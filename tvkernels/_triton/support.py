@@ -43,7 +43,9 @@ def why_not(*tensors: Tensor | None, matrices: bool = False) -> list[str]:
     if interpreted():
         if any(x.dtype == torch.bfloat16 for x in tensors):
             reasons.append("Triton's interpreter is silently wrong in bfloat16")
-        if version(triton.__version__) < (3, 7) and version(metadata.version("numpy")) >= (2, 4):
+        import numpy
+
+        if version(triton.__version__) < (3, 7) and version(numpy.__version__) >= (2, 4):
             reasons.append("the interpreter of Triton 3.6 needs NumPy before 2.4")
     elif device.type != "cuda":
         reasons.append(f"the tensors are on the {device.type}, the kernels need a CUDA device")
