@@ -51,9 +51,17 @@ def ddim_table(scheduler, steps: int, guidance: float, device) -> tuple[Tensor, 
     """Timesteps [steps] and float32 rows [steps, 3] of (alpha_bar, target alpha_bar, guidance).
 
     Rows are what `tvkernels.guided_ddim_step` reads; both directions, by the scheduler's class.
+
+    Raises:
+        ValueError: no step, or more than the schedule has.
     """
-    scheduler.set_timesteps(steps, device=device)
-    timesteps = scheduler.timesteps
+    least, most = 1, scheduler.config.num_train_timesteps
+    if not isinstance(steps, int) or not least <= steps <= most:
+        raise ValueError(f"{steps!r} steps: ask for a whole number from {least} to {most}")
+    scheduler.set_timesteps(steps)
+    if scheduler.timesteps.max() >= most:
+        raise ValueError(f"{steps} steps are more than the schedule has: ask for {steps - 1}")
+    timesteps = scheduler.timesteps.to(device)
     alphas = scheduler.alphas_cumprod.to(device)
     stride = scheduler.config.num_train_timesteps // steps
     if isinstance(scheduler, DDIMInverseScheduler):

@@ -11,10 +11,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import DiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
+from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils.torch_utils import randn_tensor
 from diffusers.video_processor import VideoProcessor
 from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
 
 import tvkernels
 from tvkernels import guided_ddim_step, inflate
@@ -81,7 +83,8 @@ class OneShotPipeline(DiffusionPipeline):
     in_pixels = False
 
     def __init__(
-        self, vae, text_encoder, tokenizer, unet, scheduler,
+        self, vae: AutoencoderKL, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer,
+        unet: UNet2DConditionModel, scheduler: KarrasDiffusionSchedulers,
         settings: Settings | None = None, backend: str = "auto", attention: str | None = None,
     ):  # fmt: skip
         super().__init__()
@@ -147,7 +150,25 @@ class OneShotPipeline(DiffusionPipeline):
     def __setattr__(self, name: str, value) -> None:
         if name == "scheduler":  # another one is another noise schedule of the same DDIM
             value, self.inverse_scheduler = ddim_schedulers(value)
+        other = name == "unet" and self.__dict__.get("handle") and value is not self.unet
+        if other:
+            if hasattr(value, "_orig_mod"):
+                raise ValueError('a compiled UNet cannot be inflated: call accelerate("compile")')
+            check_unet(value.config)
+            self.handle.remove()
         super().__setattr__(name, value)
+        if other:
+            self.handle = self.inverted = self._shape = self._tuned_key = None
+            self._inflate(torch.Generator().manual_seed(0))
+
+    def _is_inflated(self) -> bool:
+        return getattr(self.unet, "_tvkernels_handle", None) is self.handle
+
+    def _check_inflated(self) -> None:
+        if not self._is_inflated():
+            raise ValueError(
+                "the UNet is a plain one, handle.remove() was called: call fit() first"
+            )
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
@@ -174,7 +195,18 @@ class OneShotPipeline(DiffusionPipeline):
 
         What the recipe added and `fit` tuned stands beside it, in a file that `from_pretrained` of
         a pipeline with the same recipe reads and others leave alone.
+
+        Raises:
+            ValueError: the UNet holds adapters, which no plain model does.
         """
+        if getattr(self.unet, "peft_config", None):
+            raise ValueError(
+                "the UNet holds LoRA adapters: fuse_lora() and unload_lora(), or "
+                "delete_adapters(), before it is saved"
+            )
+        if not self._is_inflated():
+            super().save_pretrained(save_directory, *args, **kwargs)
+            return
         state = self.handle.tuned_state()
         if state:
             Cache(save_directory).write(self.settings.recipe.name + TUNED, state)
@@ -233,8 +265,13 @@ class OneShotPipeline(DiffusionPipeline):
         rate = self.settings.learning_rate if learning_rate is None else learning_rate
         if steps and self.unet.dtype == torch.float16:
             raise ValueError("float16 cannot be tuned: load the model with dtype=torch.float32")
+        if steps < 0:
+            raise ValueError(f"{steps} steps of tuning: ask for 0 or more")
+        if self._is_inflated():
+            self.handle.check()
         latents = self._encode_video(video, decode_chunk_size)
-        key = self._tuned_key = self.inverted = None  # until it is tuned to its end
+        # Until it is tuned to its end.
+        key = self._tuned_key = self.inverted = self._shape = None
         self.handle.remove()
         try:
             if cache is not None:
@@ -321,6 +358,7 @@ class OneShotPipeline(DiffusionPipeline):
         Returns:
             The noise [F, 4, h, w] from which sampling starts, also kept as `inverted`.
         """
+        self._check_inflated()
         steps = self.settings.steps if num_inference_steps is None else num_inference_steps
         latents = self._encode_video(video, decode_chunk_size)
         timesteps, rows = ddim_table(self.inverse_scheduler, steps, 1.0, latents.device)
@@ -428,6 +466,7 @@ class OneShotPipeline(DiffusionPipeline):
 
     def _check_call(self, callback, wanted: Sequence[str], output_type: str) -> Sequence[str]:
         """The tensors that the callback is given: diffusers' own callbacks name theirs."""
+        self._check_inflated()
         wanted = getattr(callback, "tensor_inputs", wanted)
         unknown = set(wanted) - set(self._callback_tensor_inputs)
         if unknown:

@@ -14,8 +14,11 @@ from dataclasses import asdict, dataclass, field, replace
 import numpy as np
 import torch
 import torch.nn.functional as F
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
 
 import tvkernels
 from tvkernels import atlas_composite, atlas_sample, atlas_splat, guided_ddim_step
@@ -107,9 +110,10 @@ class StableVideoPipeline(OneShotPipeline):
     settings = SETTINGS
 
     def __init__(
-        self, vae, text_encoder, tokenizer, unet, scheduler, settings=None, backend="auto",
-        attention=None, controlnet_canny=None, controlnet_depth=None, depth_estimator=None,
-        depth_processor=None,
+        self, vae: AutoencoderKL, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer,
+        unet: UNet2DConditionModel, scheduler: KarrasDiffusionSchedulers, settings=None,
+        backend="auto", attention=None, controlnet_canny=None, controlnet_depth=None,
+        depth_estimator=None, depth_processor=None,
     ):  # fmt: skip
         super().__init__(
             vae, text_encoder, tokenizer, unet, scheduler, settings, backend, attention

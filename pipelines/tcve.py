@@ -2,6 +2,10 @@
 
 from dataclasses import replace
 
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.schedulers import KarrasDiffusionSchedulers
+from transformers import CLIPTextModel, CLIPTokenizer
+
 from tvkernels.pipelines.one_shot import OneShotPipeline, Settings
 from tvkernels.recipes import TCVE, TCVE_PAPER
 
@@ -31,7 +35,8 @@ class TCVEPipeline(OneShotPipeline):
     settings = SETTINGS
 
     def __init__(
-        self, vae, text_encoder, tokenizer, unet, scheduler,
+        self, vae: AutoencoderKL, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer,
+        unet: UNet2DConditionModel, scheduler: KarrasDiffusionSchedulers,
         settings: Settings | None = None, backend: str = "auto", attention: str | None = None,
         paper: bool = False,
     ):  # fmt: skip

@@ -504,3 +504,20 @@ def test_no_help_text_is_swallowed():
     found = list(options(typer.main.get_command(app), "tvk"))
     assert len(found) > 80
     assert [name for name, text in found if "[" in text] == []
+
+
+def test_nothing_that_was_given_is_written_over(edit, place, tmp_path):
+    clip = place / "clip.mp4"
+    shutil.copy(clip, tmp_path / "source.mp4")
+    (tmp_path / "link.mp4").symlink_to(tmp_path / "source.mp4")
+    for given, out in (
+        ("link.mp4", "source.mp4"),
+        ("source.mp4", "../" + tmp_path.name + "/source.mp4"),
+    ):
+        status, _, complaints = edit(clip=tmp_path / given, out=out)
+        assert status == 2 and "it is the source clip" in one_line(complaints)
+    assert (tmp_path / "source.mp4").read_bytes() == clip.read_bytes()
+    (tmp_path / "mine.json").write_text('{"mine": 1}')
+    status, _, complaints = edit(out="mine.mp4")
+    assert status == 2 and "a file that is none is there" in one_line(complaints)
+    assert (tmp_path / "mine.json").read_text() == '{"mine": 1}'

@@ -1,5 +1,6 @@
 """Settings from YAML: our names, Tune-A-Video's, and what is refused."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -146,6 +147,12 @@ def test_files_that_are_no_settings(read, text, message):
     assert "edit.yaml" in str(caught.value)
 
 
+def test_a_record_of_a_method_that_tunes_nothing_can_be_run_again(read):
+    settings = {"method": "frame-by-frame", "learning_rate": 0.0, "tune_steps": 0}
+    found, _ = read(json.dumps({"settings": settings, "versions": {}}))
+    assert resolve(found).learning_rate is None and found["method"] == "frame-by-frame"
+
+
 def test_a_file_that_is_not_there(tmp_path):
     with pytest.raises(ConfigError, match=r"cannot read .*gone.yaml: No such file"):
         read_config(tmp_path / "gone.yaml")
@@ -155,7 +162,7 @@ def test_a_file_that_is_not_there(tmp_path):
     ("given", "message"),
     [
         ({"frames": 0}, "frames: .*not 0"),
-        ({"steps": 1001}, "steps: .*1000"),
+        ({"steps": 1000}, "steps: .*999"),
         ({"learning_rate": -1.0}, "learning_rate: "),
         ({"guidance": float("nan")}, "guidance: "),
         ({"backend": "cudnn"}, "backend: .*'auto'.*not 'cudnn'"),

@@ -17,6 +17,7 @@ from tvkernels.video import (  # noqa: E402
     VideoError,
     check_output,
     contact_sheet,
+    read_mask,
     read_video,
     write_video,
 )
@@ -85,6 +86,14 @@ def test_folder_round_trip_is_exact_and_in_natural_order(tmp_path):
         file.rename(folder / f"frame{index}.png")
     (folder / "notes.txt").write_text("not a picture")
     assert np.array_equal(read_video(folder).frames, clip)
+
+
+def test_16_bit_images_keep_their_greys(tmp_path):
+    grey = np.linspace(0, 65535, 256).round().astype(np.uint16).reshape(16, 16)
+    Image.fromarray(grey).save(tmp_path / "0.png")
+    frames, mask = read_video(tmp_path).frames, read_mask(tmp_path / "0.png", 1, (16, 16))
+    assert np.array_equal(frames[0, ..., 0].ravel(), np.arange(256))
+    assert 0.4 < mask.mean() < 0.6
 
 
 def test_transparent_images_lie_on_white(tmp_path):

@@ -62,9 +62,19 @@ class InflatedHandle(Handle):
         return {n: p for n, p in self.model.named_parameters() if is_tuned(n, self.recipe)}
 
     def tuned_state(self) -> dict[str, Tensor]:
-        """What tuning changes, parameters and power-iteration vectors, detached, by name."""
+        """What tuning changes, parameters and power-iteration vectors, detached, by name: the
+        layer's own, whatever adapter has been put around it.
+        """
+        return {n: t.detach().clone() for n, (_, t) in self._tuned_places().items()}
+
+    def _tuned_places(self) -> dict[str, tuple[str, Tensor]]:
+        """Name without adapters -> name in the model and tensor."""
         state = self.model.state_dict()
-        return {n: t.detach().clone() for n, t in state.items() if is_tuned(n, self.recipe)}
+        return {
+            n.replace(".base_layer.", "."): (n, t)
+            for n, t in state.items()
+            if is_tuned(n, self.recipe)
+        }
 
     def load_tuned_state(self, state: dict[str, Tensor]) -> None:
         """Takes back what `tuned_state` gave.
@@ -72,15 +82,15 @@ class InflatedHandle(Handle):
         Raises:
             ValueError: names or shapes are not this recipe's on this UNet.
         """
-        own = self.tuned_state()
+        own = self._tuned_places()
         wrong = sorted(own.keys() ^ state.keys())
-        wrong += [n for n in own.keys() & state.keys() if own[n].shape != state[n].shape]
+        wrong += [n for n in own.keys() & state.keys() if own[n][1].shape != state[n].shape]
         if wrong:
             raise ValueError(
                 f"tuned weights do not fit the recipe {self.recipe.name}: {wrong[0]} differs "
                 f"({len(wrong)} in all)"
             )
-        self.model.load_state_dict(state, strict=False)
+        self.model.load_state_dict({own[n][0]: t for n, t in state.items()}, strict=False)
 
     @property
     def text_width(self) -> int | None:
@@ -238,8 +248,8 @@ def inflate(
 
 
 def is_tuned(name: str, recipe: Recipe) -> bool:
-    """Whether a parameter of that name belongs to what the recipe tunes."""
-    return any(f".{part}." in f".{name}." for part in recipe.tuned)
+    """Whether a parameter of that name belongs to what the recipe tunes; an adapter's does not."""
+    return ".lora_" not in name and any(f".{part}." in f".{name}." for part in recipe.tuned)
 
 
 def _check_family(unet: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from contextlib import suppress
@@ -110,7 +111,7 @@ class EditSettings(BaseModel):
     crop: bool = True
     tune_steps: Annotated[int, Field(ge=0)] | None = None
     learning_rate: Annotated[float, Field(gt=0)] | None = None
-    steps: Annotated[int, Field(ge=1, le=1000)] | None = None
+    steps: Annotated[int, Field(ge=1, le=999)] | None = None
     guidance: Annotated[float, Field(ge=0)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     backend: Literal["auto", "triton", "cuda", "native", "cpu", "reference"] = "auto"
@@ -177,6 +178,18 @@ WITHOUT_EFFECT = {
 }
 
 
+RECORD = {"settings", "versions"}  # keys of what is kept beside an edited clip
+
+
+def is_record(path: Path) -> bool:
+    """Whether the file is one that an edit left beside its clip."""
+    try:
+        document = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(document, dict) and document.keys() >= RECORD
+
+
 def read_config(path: Path) -> tuple[dict[str, Any], list[str]]:
     """Settings from a YAML file, or from the JSON record beside an edited clip.
 
@@ -196,8 +209,10 @@ def read_config(path: Path) -> tuple[dict[str, Any], list[str]]:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(document, dict):
         raise ConfigError(f"{path} holds no settings: write lines like `method: ei2`")
-    if {"settings", "versions"} <= document.keys():
-        document = document["settings"]
+    if document.keys() >= RECORD:
+        document = dict(document["settings"])
+        if not document.get("learning_rate"):  # of a method that tunes nothing
+            document.pop("learning_rate", None)
     try:
         return _translate(document)
     except ConfigError as error:

@@ -15,7 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tvkernels.config import EMBEDDED, ConfigError, EditSettings, parse_bytes
+from tvkernels.config import EMBEDDED, ConfigError, EditSettings, is_record, parse_bytes
 from tvkernels.demo import MODEL_DIR
 from tvkernels.demo.settings import OVERRIDES
 from tvkernels.fronts import check_taken, front, strangers
@@ -171,8 +171,15 @@ def check(given: EditSettings) -> list[Path]:
         check_output(output.with_suffix(".json"), (".json",))
         if not output.suffix and output.exists() and (output.is_file() or any(output.iterdir())):
             raise VideoError(f"cannot write {output}: it is there already and not an empty folder")
-        if output.absolute() == given.clip.absolute():
-            raise VideoError(f"cannot write {output}: it is the source clip")
+        for given_file, what in ((given.clip, "the source clip"), (given.mask, "the mask")):
+            if given_file is not None and output.resolve() == given_file.resolve():
+                raise VideoError(f"cannot write {output}: it is {what}")
+        kept = output.with_suffix(".json")
+        if kept.exists() and not is_record(kept):
+            raise VideoError(
+                f"cannot write {kept}, the record of {output.name}: a file that is none is there, "
+                "move it or name another output"
+            )
     if isinstance(given.cache, Path):
         check_output(given.cache / "entry", ("",))
     return outputs

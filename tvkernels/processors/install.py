@@ -90,8 +90,8 @@ class Handle:
     def __repr__(self) -> str:
         return f"{type(self).__name__}({type(self.model).__name__}, {len(self._layers)} layers)"
 
-    def _enter(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        """Before every call of the model: are we still in place, how many frames, what size."""
+    def check(self) -> None:
+        """Raises RuntimeError where something has replaced one of our processors."""
         for name, layer in self._layers.items():
             if layer.processor is not self.processors[name]:
                 raise RuntimeError(
@@ -100,6 +100,10 @@ class Handle:
                     "attention slicing, IP-Adapter, fuse_qkv_projections). Apply that first, or "
                     "call handle.remove()"
                 )
+
+    def _enter(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """Before every call of the model: are we still in place, how many frames, what size."""
+        self.check()
         if "cross_attention_kwargs" in self._parameters[: len(args)]:
             first = self._parameters.index("cross_attention_kwargs")
             kwargs = {**dict(zip(self._parameters[first:], args[first:], strict=False)), **kwargs}

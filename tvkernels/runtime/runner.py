@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -85,6 +86,10 @@ class Runner:
             )
         self._steps: dict[tuple, Step] = {}
         watch(handle.model)
+
+    def __deepcopy__(self, memo):
+        """Of the copied UNet; what was prepared is prepared anew, and a module is no copy."""
+        return Runner(copy.deepcopy(self.handle, memo), self.backend, dict(self.options))
 
     @property
     def config(self):

@@ -89,11 +89,19 @@ def _folder(path: Path) -> Source:
     return Source(FOLDER_FPS, Fraction(1), len(files), pictures)
 
 
+def eight_bits(picture):
+    """A PIL image, one of 16 bits scaled to 8: Pillow would cut it off at 255."""
+    if not picture.mode.startswith("I"):
+        return picture
+    values = need("numpy").asarray(picture).clip(0, 65535) // 257
+    return need("PIL.Image").fromarray(values.astype("uint8"))
+
+
 def _image(file: Path) -> np.ndarray:
     image = need("PIL.Image")
     try:
         with image.open(file) as picture:
-            upright = need("PIL.ImageOps").exif_transpose(picture)
+            upright = eight_bits(need("PIL.ImageOps").exif_transpose(picture))
             if "A" in upright.getbands() or "transparency" in upright.info:
                 upright = upright.convert("RGBA")
                 white = image.new("RGBA", upright.size, "white")

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tvkernels.video._decode import CLIPS, IMAGES, natural_order, open_source
+from tvkernels.video._decode import CLIPS, IMAGES, eight_bits, natural_order, open_source
 from tvkernels.video._files import VideoError, need
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def _image(file: Path) -> np.ndarray:
     image = need("PIL.Image")
     try:
         with image.open(file) as picture:
-            upright = need("PIL.ImageOps").exif_transpose(picture).convert("RGBA")
+            upright = eight_bits(need("PIL.ImageOps").exif_transpose(picture)).convert("RGBA")
             black = image.new("RGBA", upright.size, "black")
             return need("numpy").asarray(image.alpha_composite(black, upright).convert("RGB"))
     except OSError as error:
