@@ -15,6 +15,8 @@ from tvkernels.video import read_mask
 if TYPE_CHECKING:
     import numpy as np
 
+    from tvkernels.video._fit import Fit
+
 METRIC = ("depth_pro", "glpn", "zoedepth")  # of transformers: far is large
 
 
@@ -69,13 +71,16 @@ def hint_made(net: nn.Module) -> Iterator[None]:
         net.controlnet_cond_embedding = embedding
 
 
-def prepared(frames: np.ndarray, mask: Path | None, folder: Path | None) -> dict:
+def prepared(
+    frames: np.ndarray, mask: Path | None, folder: Path | None, fit: Fit | None = None
+) -> dict:
     """What `StableVideoPipeline.fit` takes beside the clip, from a mask or a folder of an atlas.
 
     Args:
         frames: uint8 [F, H, W, 3].
         mask: as `read_mask` takes it.
         folder: that `tvk atlas` wrote.
+        fit: of the clip, for `read_mask`.
     Raises:
         VideoError: a mask that does not fit, no atlas, or one of other frames.
     """
@@ -86,7 +91,9 @@ def prepared(frames: np.ndarray, mask: Path | None, folder: Path | None) -> dict
         if info["frames"] != digest(frames):
             raise AtlasError(f"the atlas in {folder} is of other frames than these")
         return {"atlas": atlas}
-    return {} if mask is None else {"masks": [read_mask(mask, len(frames), frames.shape[1:3])]}
+    if mask is None:
+        return {}
+    return {"masks": [read_mask(mask, len(frames), frames.shape[1:3], fit)]}
 
 
 def _load(kind, folder: str):

@@ -53,6 +53,14 @@ def written(clip, tmp_path_factory):
     return folder
 
 
+def test_an_atlas_is_not_written_over(written, capsys):
+    """Its pictures are there to be edited by hand."""
+    before = (written / "out" / "background.png").read_bytes()
+    assert main(["atlas", str(written / "clip"), "-o", str(written / "out"), "--steps", "1"]) == 2
+    assert "not an empty folder" in capsys.readouterr().err
+    assert (written / "out" / "background.png").read_bytes() == before
+
+
 def last_line(capsys):
     (line,) = capsys.readouterr().err.splitlines()
     return line

@@ -101,8 +101,10 @@ def test_prefixes_choose_layers_and_patterns(unet):
             assert processor.pattern == expected
         assert len(handle.layers) == 10
         run(unet, *clip_inputs())
-    with pytest.raises(ValueError, match="no self-attention layer .* is named .'uppp'"):
-        install(unet, {"uppp": PREVIOUS})
+    with pytest.raises(ValueError, match="no self-attention layer .* is named 'uppp': they"):
+        install(unet, {"up_blocks": PREVIOUS, "uppp": PREVIOUS})
+    with pytest.raises(ValueError, match="one for each prefix, not 'first'"):
+        install(unet, "first")
     assert not unet._forward_pre_hooks
 
 

@@ -96,6 +96,19 @@ def test_16_bit_images_keep_their_greys(tmp_path):
     assert 0.4 < mask.mean() < 0.6
 
 
+@pytest.mark.parametrize("crop", (True, False))
+def test_a_mask_of_the_sources_size_is_cut_as_the_clip_was(tmp_path, crop):
+    picture = np.zeros((40, 64, 3), np.uint8)
+    picture[5:25, 20:50] = 255
+    Image.fromarray(picture).save(tmp_path / "0.png")
+    clip = read_video(tmp_path, size=(16, 16), crop=crop)
+    mask = read_mask(tmp_path / "0.png", 1, (16, 16), clip.fit)
+    assert np.array_equal(mask, clip.frames.max(-1) >= 128)
+    Image.fromarray(picture[:, :32]).save(tmp_path / "other.png")
+    with pytest.raises(VideoError, match="resized from 64 x 40: give it at their size"):
+        read_mask(tmp_path / "other.png", 1, (16, 16), clip.fit)
+
+
 def test_transparent_images_lie_on_white(tmp_path):
     Image.new("RGBA", (16, 16), (255, 0, 0, 0)).save(tmp_path / "0.png")
     assert (read_video(tmp_path).frames == 255).all()

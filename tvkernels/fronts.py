@@ -91,7 +91,7 @@ class BlendedDiffusion(Front):
     def call(self, settings: EditSettings, video: Video, prompt: str) -> dict[str, Any]:
         if settings.mask is None:
             return {"words": self._words(settings, prompt)}
-        return {"mask": read_mask(settings.mask, len(video), video.frames.shape[1:3])}
+        return {"mask": read_mask(settings.mask, len(video), video.frames.shape[1:3], video.fit)}
 
     def record(self, call: dict[str, Any]) -> dict[str, Any]:
         return {"words": ["=".join(pair) for pair in call["words"]]} if "words" in call else {}
@@ -135,7 +135,7 @@ class StableVideo(Front):
         )
 
     def fit(self, settings: EditSettings, video: Video) -> dict[str, Any]:
-        return prepared(video.frames, settings.mask, settings.atlas_dir)
+        return prepared(video.frames, settings.mask, settings.atlas_dir, video.fit)
 
     def call(self, settings: EditSettings, video: Video, prompt: str) -> dict[str, Any]:
         return {

@@ -16,6 +16,7 @@ from tvkernels.atlas.train import AtlasSettings, psnr, train_atlas
 from tvkernels.video import (
     OUTPUTS,
     Video,
+    VideoError,
     check_output,
     read_mask,
     read_video,
@@ -62,10 +63,12 @@ def make_atlas(
         VideoError: clip, mask, flow or output are not usable.
     """
     check_output(output / MODEL, (".safetensors",))
+    if output.is_dir() and any(output.iterdir()):  # perhaps pictures that were edited by hand
+        raise VideoError(f"cannot write {output}: it is there already and not an empty folder")
     video = cut.read(clip)
     count, height, width = video.frames.shape[:3]
     settings = settings.of(count, height, width)
-    given = [read_mask(mask, count, (height, width)) for mask in masks] or None
+    given = [read_mask(mask, count, (height, width), video.fit) for mask in masks] or None
     say(f"{clip}: {count} frames of {width} x {height}, {settings.steps} steps, seed {seed}")
     began = time.perf_counter()
 

@@ -177,8 +177,16 @@ def choose_processors(
 ) -> dict[str, AttnProcessor]:
     """Layer name -> the processor that `install` gives it; raises as `install` does."""
     refuse_patched(model)
-    patterns = {"": pattern} if isinstance(pattern, FramePattern) else dict(pattern)
+    patterns = {"": pattern} if isinstance(pattern, FramePattern) else pattern
+    if not isinstance(patterns, Mapping):
+        raise ValueError(f"a pattern is a FramePattern, or one for each prefix, not {pattern!r}")
     layers = attention_layers(model)
+    for prefix in patterns:
+        if not any(name.startswith(prefix) for name in layers):
+            raise ValueError(
+                f"no self-attention layer of this {type(model).__name__} is named {prefix!r}: "
+                f"they are {', '.join(dict.fromkeys(name.partition('.')[0] for name in layers))}"
+            )
     distinct = list(dict.fromkeys(patterns.values()))
     chosen: dict[str, AttnProcessor] = {}
     for name, layer in layers.items():

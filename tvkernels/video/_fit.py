@@ -14,11 +14,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Fit:
-    """Result size in pixels and the box (left, top, right, bottom) of the source that fills it."""
+    """Result size in pixels, the box (left, top, right, bottom) of the source that fills it, and
+    the source's own (height, width).
+    """
 
     height: int
     width: int
     box: tuple[float, float, float, float]
+    source: tuple[int, int]
 
     def __call__(self, frame: np.ndarray) -> np.ndarray:
         """Cut and resample one frame, uint8 [H, W, 3] -> uint8 [height, width, 3]."""
@@ -55,10 +58,11 @@ def plan(
     shown = float(width * pixel_aspect)
     new_height, new_width = _target(height, shown, size, multiple)
     if not crop:
-        return Fit(new_height, new_width, (0, 0, width, height))
+        return Fit(new_height, new_width, (0, 0, width, height), (height, width))
     if size is None and pixel_aspect == 1:
         left, top = (width - new_width) // 2, (height - new_height) // 2
-        return Fit(new_height, new_width, (left, top, left + new_width, top + new_height))
+        box = (left, top, left + new_width, top + new_height)
+        return Fit(new_height, new_width, box, (height, width))
     scale = max(new_height / height, new_width / shown)
     half_height = min(new_height / scale, height) / 2
     half_width = min(new_width / scale / float(pixel_aspect), width) / 2
@@ -68,7 +72,7 @@ def plan(
         width / 2 + half_width,
         height / 2 + half_height,
     )
-    return Fit(new_height, new_width, box)
+    return Fit(new_height, new_width, box, (height, width))
 
 
 def _target(height: int, width: float, size, multiple: int) -> tuple[int, int]:

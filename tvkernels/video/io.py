@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from tvkernels.video._decode import open_source
 from tvkernels.video._encode import ENCODERS, OUTPUTS, as_they_come
 from tvkernels.video._files import VideoError, atomic_path, check_output, need
-from tvkernels.video._fit import plan
+from tvkernels.video._fit import Fit, plan
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,11 +34,13 @@ class Video:
         frames: uint8 RGB, [F, H, W, 3].
         fps: frames a second at which ``frames`` play at the speed of the file.
         path: the file or folder it was read from.
+        fit: how its frames were cut and resized.
     """
 
     frames: np.ndarray
     fps: Fraction
     path: Path
+    fit: Fit | None = None
 
     def __len__(self) -> int:
         return len(self.frames)
@@ -105,7 +107,7 @@ def read_video(
                     index + 1,
                 )
     _check_count(path, index + 1, len(kept), start, stride, frames)
-    return Video(need("numpy").stack(kept), source.fps / stride, path)
+    return Video(need("numpy").stack(kept), source.fps / stride, path, fit)
 
 
 def write_video(

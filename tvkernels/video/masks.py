@@ -13,12 +13,16 @@ from tvkernels.video._files import VideoError, need
 if TYPE_CHECKING:
     import numpy as np
 
+    from tvkernels.video._fit import Fit
+
 # The brightest channel decides: white and the dark colours of annotation palettes, (128, 0, 0)
 # and the like, are inside, black and what a video's coding leaves of it are not.
 INSIDE = 128
 
 
-def read_mask(path: str | os.PathLike, frames: int, size: tuple[int, int]) -> np.ndarray:
+def read_mask(
+    path: str | os.PathLike, frames: int, size: tuple[int, int], fit: Fit | None = None
+) -> np.ndarray:
     """A clip's mask, true where the object is.
 
     Args:
@@ -27,6 +31,7 @@ def read_mask(path: str | os.PathLike, frames: int, size: tuple[int, int]) -> np
             outside.
         frames: frames of the clip it belongs to.
         size: (height, width) of them in pixels.
+        fit: of the clip, which masks of its source's size are then given too.
     Returns:
         bool [F, H, W].
     Raises:
@@ -36,10 +41,14 @@ def read_mask(path: str | os.PathLike, frames: int, size: tuple[int, int]) -> np
     still = path.suffix.lower() in IMAGES and not path.is_dir()
     kept = []
     for index, picture in enumerate(_pictures(path)):
+        if fit is not None and picture.shape[:2] == fit.source:
+            picture = fit(picture)
         if picture.shape[:2] != tuple(size):
+            source = f", resized from {fit.source[1]} x {fit.source[0]}" if fit else ""
             raise VideoError(
                 f"{path}: the mask of frame {index} is {picture.shape[1]} x {picture.shape[0]} "
-                f"pixels, the clip's frames are {size[1]} x {size[0]}: give it at their size"
+                f"pixels, the clip's frames are {size[1]} x {size[0]}{source}: "
+                "give it at their size"
             )
         if len(kept) < frames:
             kept.append(picture.max(-1) >= INSIDE)
