@@ -72,8 +72,8 @@ report: setup
 	$(BIN)/tvk report -o docs/report.html --readme
 
 # Nothing is installed here: a machine with a GPU needs torch and triton, in the environment or in
-# the python that is found first. TRITON_PTXAS_PATH names another ptxas. The CUDA library takes part
-# where `make native` has built it.
+# the python that is found first. TRITON_PTXAS_PATH names another ptxas, OUTPUT another folder for the
+# rows. The CUDA library takes part where `make native` has built it.
 gpu:
 	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks $(if $(OUTPUT),--output $(OUTPUT))
 

@@ -53,11 +53,13 @@ def ddim_table(scheduler, steps: int, guidance: float, device) -> tuple[Tensor, 
     Rows are what `tvkernels.guided_ddim_step` reads; both directions, by the scheduler's class.
 
     Raises:
-        ValueError: no step, or more than the schedule has.
+        ValueError: no step, more than the schedule has, or a guidance that is no number.
     """
     least, most = 1, scheduler.config.num_train_timesteps
     if not isinstance(steps, int) or not least <= steps <= most:
         raise ValueError(f"{steps!r} steps: ask for a whole number from {least} to {most}")
+    if not guidance >= 0:
+        raise ValueError(f"guidance {guidance}: ask for 0 or more")
     scheduler.set_timesteps(steps)
     if scheduler.timesteps.max() >= most:
         raise ValueError(f"{steps} steps are more than the schedule has: ask for {steps - 1}")

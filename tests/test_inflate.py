@@ -490,6 +490,13 @@ def test_wrong_models_are_refused():
         inflate(nn.Linear(2, 2), EI2)
 
 
+def test_weights_cast_layer_by_layer_are_refused():
+    unet = tiny_unet()
+    unet.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
+    with pytest.raises(TypeError, match="without enable_layerwise_casting"):
+        inflate(unet, FRAME_BY_FRAME)
+
+
 @pytest.mark.parametrize("layer", ["attn1", "attn2"])
 def test_foreign_processors_are_refused(unet, layer):
     from diffusers.models.attention_processor import AttnProcessor2_0

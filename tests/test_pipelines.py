@@ -526,6 +526,8 @@ def test_numbers_of_steps_that_are_none(load, clip, steps, says):
         pipe(PROMPT, latents=torch.zeros(2, 4, 4, 4), num_inference_steps=steps)
     with pytest.raises(ValueError, match="0 or more"):
         pipe.fit(clip, PROMPT, num_steps=-1)
+    with pytest.raises(ValueError, match="guidance nan"):
+        pipe(PROMPT, latents=torch.zeros(2, 4, 4, 4), guidance_scale=float("nan"))
 
 
 def test_without_inversion_sampling_starts_from_seeded_noise(load, clip):

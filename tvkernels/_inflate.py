@@ -260,6 +260,12 @@ def _check_family(unet: nn.Module) -> None:
     foreign = {key: value for key, value in foreign.items() if value is not None}
     if foreign:
         raise TypeError(f"{need}one with {foreign}")
+    hooks = (getattr(getattr(m, "_diffusers_hook", None), "hooks", {}) for m in unet.modules())
+    if any("layerwise_casting" in own for own in hooks):
+        raise TypeError(
+            f"{need}one whose weights are cast layer by layer, which fused kernels read as they "
+            "are stored: load it without enable_layerwise_casting()"
+        )
 
 
 def _snapshot(handle: InflatedHandle) -> None:
