@@ -117,11 +117,14 @@ class OneShotPipeline(DiffusionPipeline):
     def _inflate(self, generator: torch.Generator | None) -> None:
         if self.handle is not None:
             self.handle.remove()
-        recipe = self.settings.recipe
-        self.handle = inflate(
-            self.unet, recipe, backend=self.backend, attention=self.attention, generator=generator
-        )
+        self.handle = self._inflated(self.unet, generator)
         self._start_runtime()
+
+    def _inflated(self, unet, generator: torch.Generator | None):
+        return inflate(
+            unet, self.settings.recipe, backend=self.backend, attention=self.attention,
+            generator=generator,
+        )  # fmt: skip
 
     def _start_runtime(self) -> None:
         backend, options = self._runtime
@@ -155,11 +158,12 @@ class OneShotPipeline(DiffusionPipeline):
             if hasattr(value, "_orig_mod"):
                 raise ValueError('a compiled UNet cannot be inflated: call accelerate("compile")')
             check_unet(value.config)
+            handle = self._inflated(value, torch.Generator().manual_seed(0))
             self.handle.remove()
         super().__setattr__(name, value)
         if other:
-            self.handle = self.inverted = self._shape = self._tuned_key = None
-            self._inflate(torch.Generator().manual_seed(0))
+            self.handle, self.inverted, self._shape, self._tuned_key = handle, None, None, None
+            self._start_runtime()
 
     def _is_inflated(self) -> bool:
         return getattr(self.unet, "_tvkernels_handle", None) is self.handle

@@ -489,6 +489,8 @@ def test_another_unet_is_taken(load, clip):
     pipe.invert(clip, num_inference_steps=1)
     with pytest.raises(ValueError, match="accelerate"):
         pipe.unet = torch.compile(pipe.unet)
+    with pytest.raises(RuntimeError, match="already patched"):
+        pipe.unet = load().unet
     latents, unet = pipe.inverted, pipe.unet
     pipe.unet = other.unet
     assert pipe.inverted is None and not hasattr(unet, "_tvkernels_handle")
