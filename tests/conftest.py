@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tvkernels import _native
+from tvkernels._dispatch import OPS
 
 # Before anything imports triton: its kernels then run on the host, which is how they are tested.
 os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -37,6 +38,20 @@ def clips():
     if not any(CLIPS.glob("*.mp4")):
         pytest.skip(f"no real clips in {CLIPS}")
     return CLIPS
+
+
+@pytest.fixture
+def broken(monkeypatch):
+    """Breaks the cpu backend of an op: `change` is given its result, and each of its gradients."""
+
+    def go(op, change):
+        module = OPS[op].backend("cpu")
+        forward, backward = module.forward, getattr(module, "backward", None)
+        monkeypatch.setattr(module, "forward", lambda *args: change(forward(*args)))
+        if backward is not None:
+            monkeypatch.setattr(module, "backward", lambda *a: [change(x) for x in backward(*a)])
+
+    return go
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import inspect
 import json
@@ -15,17 +14,15 @@ import PIL.Image
 import pytest
 import torch
 from diffusers import (
-    AutoencoderKL,
     DDIMInverseScheduler,
     DDIMScheduler,
     EulerDiscreteScheduler,
     PNDMScheduler,
     StableDiffusionPipeline,
-    UNet2DConditionModel,
     UniPCMultistepScheduler,
 )
 from diffusers.callbacks import SDCFGCutoffCallback
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from tiny_pipelines import loader, noisy_clip, save_model
 
 from tvkernels.demo import MODEL_DIR
 from tvkernels.pipelines import METHODS, pipeline_class
@@ -40,46 +37,17 @@ PROMPT = "a red circle on a blue striped background"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A random SD-1.x model in miniature, in diffusers' layout, with SD-1.4's PNDM scheduler."""
-    torch.manual_seed(0)
-    unet = UNet2DConditionModel(
-        sample_size=4, block_out_channels=(16, 32, 32, 32), layers_per_block=1,
-        norm_num_groups=8, cross_attention_dim=16, attention_head_dim=4,
-    )  # fmt: skip
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8, 8, 8), norm_num_groups=4, latent_channels=4, sample_size=32,
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-    )  # fmt: skip
-    tokenizer = CLIPTokenizer.from_pretrained(MODEL_DIR / "tokenizer")
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1,
-        num_attention_heads=2, max_position_embeddings=tokenizer.model_max_length,
-    )  # fmt: skip
-    scheduler = PNDMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True,
-        set_alpha_to_one=False, steps_offset=1,
-    )  # fmt: skip
-    path = tmp_path_factory.mktemp("model")
-    StableDiffusionPipeline(
-        vae, CLIPTextModel(config), tokenizer, unet, scheduler, None, None,
-        requires_safety_checker=False,
-    ).save_pretrained(path)  # fmt: skip
-    return path
+    return save_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture
 def load(folder):
-    def make(method="ei2", **kwargs):
-        pipe = pipeline_class(method).from_pretrained(folder, **kwargs)
-        pipe.set_progress_bar_config(disable=True)
-        return pipe
-
-    return make
+    return loader(folder)
 
 
 @pytest.fixture
 def clip():
-    return np.random.default_rng(0).integers(0, 255, (3, 32, 48, 3), dtype=np.uint8)
+    return noisy_clip()
 
 
 def seeded(seed=0):
@@ -431,105 +399,6 @@ def test_a_tuning_that_is_cut_off_keeps_nothing_and_leaves_a_pipeline(load, clip
     with pytest.raises(ValueError, match="multiples of 8"):
         pipe.fit(np.zeros((2, 30, 32, 3), np.uint8), PROMPT, num_steps=1)
     assert torch.equal(pipe("a star", num_inference_steps=1, output_type="latent").frames, before)
-
-
-def test_adapters_are_in_the_keys(load, clip, tmp_path):
-    from peft import LoraConfig
-
-    pipe, cache = load(), Cache(tmp_path)
-    pipe.fit(clip, PROMPT, num_steps=0, cache=cache)
-    pipe.invert(clip, num_inference_steps=1, cache=cache)
-    pipe.unet.add_adapter(LoraConfig(target_modules=["to_q"], init_lora_weights=False))
-    pipe.invert(clip, num_inference_steps=1, cache=cache)
-    pipe.unet.disable_adapters()
-    pipe.invert(clip, num_inference_steps=1, cache=cache)
-    assert cache.hits == 0 and len(list(tmp_path.iterdir())) == 3
-    pipe.invert(clip, num_inference_steps=1, cache=cache)
-    assert cache.hits == 1
-
-
-def test_adapters_are_not_tuned_and_not_saved(load, clip, tmp_path):
-    from peft import LoraConfig
-
-    pipe = load()
-    pipe.fit(clip, PROMPT, num_steps=1)
-    before = pipe.handle.tuned_state()
-    pipe.unet.add_adapter(LoraConfig(target_modules=["to_q", "to_k"], init_lora_weights=False))
-    state = pipe.handle.tuned_state()
-    assert state.keys() == before.keys()
-    assert all(torch.equal(before[name], x) for name, x in state.items())
-    assert not any("lora" in name for name in pipe.handle.tuned_parameters())
-    pipe.handle.load_tuned_state({name: x + 1 for name, x in before.items()})
-    assert all(torch.equal(before[n] + 1, x) for n, x in pipe.handle.tuned_state().items())
-    with pytest.raises(ValueError, match="holds LoRA adapters: fuse_lora"):
-        pipe.save_pretrained(tmp_path / "saved")
-    assert not (tmp_path / "saved").exists()
-
-
-def test_a_removed_handle_is_told(load, clip, tmp_path):
-    pipe = load()
-    pipe.fit(clip, PROMPT, num_steps=0)
-    pipe.handle.remove()
-    for call in (lambda: pipe("a star"), lambda: pipe.invert(clip)):
-        with pytest.raises(ValueError, match="call fit"):
-            call()
-    pipe.save_pretrained(tmp_path / "plain")
-    assert not list((tmp_path / "plain").glob("*.safetensors"))
-    load().from_pretrained(tmp_path / "plain")
-    pipe.fit(clip, PROMPT, num_steps=0)
-    assert pipe("a star", num_inference_steps=1, output_type="latent").frames.isfinite().all()
-
-
-def test_another_unet_is_taken(load, clip):
-    pipe, other = load(), load()
-    other.handle.remove()
-    with torch.no_grad():
-        for parameter in other.unet.parameters():
-            parameter.zero_()
-    pipe.invert(clip, num_inference_steps=1)
-    with pytest.raises(ValueError, match="accelerate"):
-        pipe.unet = torch.compile(pipe.unet)
-    with pytest.raises(RuntimeError, match="already patched"):
-        pipe.unet = load().unet
-    latents, unet = pipe.inverted, pipe.unet
-    pipe.unet = other.unet
-    assert pipe.inverted is None and not hasattr(unet, "_tvkernels_handle")
-    found = pipe("a star", latents=latents, num_inference_steps=1, output_type="latent").frames
-    alpha = pipe.scheduler.alphas_cumprod
-    t = pipe.scheduler.timesteps[0]
-    target = alpha[t - 1000] if t >= 1000 else pipe.scheduler.final_alpha_cumprod
-    torch.testing.assert_close(found, latents * (target / alpha[t]).sqrt())  # it predicts no noise
-
-
-def test_a_pipeline_from_another_and_a_copy(load, folder, clip):
-    plain = StableDiffusionPipeline.from_pretrained(folder)
-    pipe = type(load()).from_pipe(plain)
-    pipe.set_progress_bar_config(disable=True)
-    pipe.invert(clip, num_inference_steps=1)
-    found, again = (
-        p("a star", num_inference_steps=1, output_type="latent").frames
-        for p in (pipe, copy.deepcopy(pipe))
-    )
-    torch.testing.assert_close(again, found)
-
-
-def test_fit_does_not_undo_what_a_call_would_refuse(load, clip):
-    pipe = load()
-    pipe.unet.set_attention_slice("auto")
-    with pytest.raises(RuntimeError, match="now holds SlicedAttnProcessor"):
-        pipe.fit(clip, PROMPT, num_steps=0)
-
-
-@pytest.mark.parametrize(("steps", "says"), [(0, "from 1"), (-1, "from 1"), (2.5, "whole number"),
-                                             (1000, "ask for 999")])  # fmt: skip
-def test_numbers_of_steps_that_are_none(load, clip, steps, says):
-    pipe = load()
-    with pytest.raises(ValueError, match=says):
-        pipe(PROMPT, latents=torch.zeros(2, 4, 4, 4), num_inference_steps=steps)
-    with pytest.raises(ValueError, match="0 or more"):
-        pipe.fit(clip, PROMPT, num_steps=-1)
-    with pytest.raises(ValueError, match="guidance nan"):
-        pipe(PROMPT, latents=torch.zeros(2, 4, 4, 4), guidance_scale=float("nan"))
 
 
 def test_without_inversion_sampling_starts_from_seeded_noise(load, clip):
