@@ -1,18 +1,19 @@
 """Every method on a device that is not the CPU: everything is brought along, nothing else told."""
 
 import dataclasses
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
 from elsewhere import Elsewhere, elsewhere
+from tiny_pipelines import save_model
 from tiny_unets import clip_inputs, seeded, tiny_unet
 
 import tvkernels
 from tvkernels import FramePattern
 from tvkernels.atlas.keys import aggregate
-from tvkernels.demo import MODEL_DIR
 from tvkernels.pipelines import METHODS, pipeline_class
 from tvkernels.pipelines.cache import Cache
 
@@ -37,7 +38,7 @@ def edit(pipe, clip, device, cache=None):
     frames, mask = clip
     pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
-    options = {"num_inference_steps": 2, "generator": seeded(), "output_type": "pt"}
+    options = {"num_inference_steps": 1, "generator": seeded(), "output_type": "pt"}
     name = pipe.settings.recipe.name
     tuned = bool(pipe.settings.recipe.tuned)
     if name == "stable-video":
@@ -45,23 +46,33 @@ def edit(pipe, clip, device, cache=None):
         options["background_prompt"] = "a green striped background"
     else:
         pipe.fit(frames, SOURCE, num_steps=tuned, generator=seeded(), cache=cache)
-        pipe.invert(frames, num_inference_steps=2, cache=cache)
+        pipe.invert(frames, num_inference_steps=1, cache=cache)
     if name == "blended-diffusion":
         options["words"] = [("red circle", "blue star")]
     return pipe(TARGET, **options).frames
 
 
-def load(method, dtype=torch.float32, **kwargs):
-    """The embedded model under a method."""
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def load(folder):
+    return partial(loaded, folder)
+
+
+def loaded(folder, method, dtype=torch.float32, **kwargs):
+    """A model in miniature under a method."""
     cls = pipeline_class(method)
     if method == "stable-video":
         atlas = dataclasses.replace(cls.settings.atlas, steps=1)
         kwargs["settings"] = dataclasses.replace(cls.settings, atlas=atlas, aggregation="median")
-    return cls.from_pretrained(MODEL_DIR, torch_dtype=dtype, **kwargs)
+    return cls.from_pretrained(folder, torch_dtype=dtype, **kwargs)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_method_gives_what_it_gives_on_a_cpu(method, clip):
+def test_a_method_gives_what_it_gives_on_a_cpu(method, clip, load):
     expected = edit(load(method), clip, "cpu")
     pipe = load(method)
     with elsewhere() as device:
@@ -70,7 +81,7 @@ def test_a_method_gives_what_it_gives_on_a_cpu(method, clip):
     torch.testing.assert_close(found.values, expected, rtol=0, atol=1e-3)
 
 
-def test_a_tuning_from_the_cache_in_bfloat16(clip, tmp_path):
+def test_a_tuning_from_the_cache_in_bfloat16(clip, load, tmp_path):
     pipe = load("ei2", torch.bfloat16)
     with elsewhere() as device:
         found, again = (edit(pipe, clip, device, Cache(tmp_path)) for _ in range(2))
@@ -84,8 +95,8 @@ def test_partial_atlases_are_aggregated():
         assert aggregate(partial[0], partial, *rest, steps=2).device == device
 
 
-def test_guides_come_along(clip):
-    unet = UNet2DConditionModel.from_pretrained(MODEL_DIR / "unet")
+def test_guides_come_along(clip, load, folder):
+    unet = UNet2DConditionModel.from_pretrained(folder / "unet")
     nets = [ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8,) * 4)] * 2
 
     class Depth(torch.nn.Module):
