@@ -138,7 +138,7 @@ def _sweep(candidate: Candidate, device: torch.device) -> _Sweep:
     if device.type != "cuda":
         return _Sweep(lambda: [_host(call) for call in candidate.calls], "host clock")
     torch.cuda.synchronize(device)
-    note = "not captured: what is read on the host, or would fill the memory, is timed call by call"
+    note = "not captured: it reads on the host, or its graph would fill the memory"
     if candidate.capturable:
         stream = torch.cuda.current_stream(device)
         try:
