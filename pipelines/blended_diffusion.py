@@ -4,7 +4,7 @@ Memory. The inversion keeps the latents of every step and, for each token of the
 step at half the latents' size: at 64 x 64 latents, 8 frames, 50 steps and a prompt of 10 tokens in
 float32 that is 27 MB and 20 MB. Every probability map of the same layers, kept for one pass as
 Prompt-to-Prompt keeps them, would be 6.3 GB (5 layers at 32 x 32 and 5 at 16 x 16, 8 heads, 77
-tokens); `tests/test_blended.py` computes both.
+tokens); `tests/pipelines/test_blended.py` computes both.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ pytest.importorskip("diffusers")
 
 from tiny_unets import (
     MOTION,
-    SD_BLOCKS,
+    SD15,
     VIDEO,
     assert_rounding,
     build,
@@ -34,24 +34,6 @@ from tvkernels.recipes import ABLATIONS, EI2, FRAME_BY_FRAME, RECIPES, TUNE_A_VI
 
 TUNED = [TUNE_A_VIDEO, EI2]
 EVERY = {**RECIPES, **ABLATIONS}
-SD15 = {
-    **SD_BLOCKS,
-    "act_fn": "silu",
-    "attention_head_dim": 8,
-    "block_out_channels": (320, 640, 1280, 1280),
-    "center_input_sample": False,
-    "cross_attention_dim": 768,
-    "downsample_padding": 1,
-    "flip_sin_to_cos": True,
-    "freq_shift": 0,
-    "in_channels": 4,
-    "layers_per_block": 2,
-    "mid_block_scale_factor": 1,
-    "norm_eps": 1e-05,
-    "norm_num_groups": 32,
-    "out_channels": 4,
-    "sample_size": 64,
-}
 
 
 def by_name(recipe):

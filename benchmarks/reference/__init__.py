@@ -4,7 +4,7 @@ diffusers and PyTorch alone, written from the papers and from notes on the publi
 the ops, modules and processors under test. Clips are [b c f h w], permuted to and fro; keys and
 values are gathered and concatenated; the text is repeated for every frame and projected in every
 step; probabilities are held whole. Where a paper is silent or its code errs, the decision is the
-recipe's, so that both compute the same (`tests/test_reference.py`).
+recipe's, so that both compute the same (`tests/benchmarks/test_reference.py`).
 """
 
 from __future__ import annotations

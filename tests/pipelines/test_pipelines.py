@@ -54,7 +54,7 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-# StableVideo needs a clip with optical flow: tests/test_stable_video.py.
+# StableVideo needs a clip with optical flow: tests/pipelines/test_stable_video.py.
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "stable-video"])
 def test_every_method_edits_a_clip_whole(load, clip, method):
     pipe = load(method)

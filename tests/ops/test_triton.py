@@ -1,12 +1,12 @@
 """Every Triton kernel in Triton's interpreter: float32 and float16, against the error budget.
 
 The interpreter runs a kernel's programs one after the other on the host. It cannot show races or
-faults of the compiler; `tests/test_kernels.py` reads the compiled code, `make gpu` runs it.
+faults of the compiler; `tests/testing/test_kernels.py` reads the compiled code, `make gpu` runs it.
 """
 
 import pytest
 import torch
-from test_ops import check, check_gradients, run
+from op_checks import check, check_gradients, run
 
 from tvkernels._dispatch import OPS, BackendError
 from tvkernels.ops import specs

@@ -15,7 +15,7 @@ from tvkernels.benchmarks import cases
 from tvkernels.benchmarks.ops import gate, gpu, run
 from tvkernels.ops import specs
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 SPECS = specs()
 TEMPORAL = SPECS["temporal_attention"]

@@ -6,12 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
+from held import Held
 
 from tvkernels import FramePattern, _native
 from tvkernels._dispatch import OPS
-from tvkernels.testing.calls import tensors
 
 FRAMES, TOKENS, HEADS, DIM, GRID = 8, 64, 2, 16, (8, 8)
 FRAME = TOKENS * HEADS * DIM * 4  # bytes of one frame of q, k, v or the result
@@ -21,35 +19,6 @@ PATTERNS = {
     "fine_coarse": FramePattern.fine_coarse(2),
 }
 every_pattern = pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
-
-
-class Held(TorchDispatchMode):
-    """Bytes alive that operations inside have allocated: the most in all, at each attention, and
-    between one attention and the next.
-    """
-
-    def __init__(self, given):
-        super().__init__()
-        self.given = {StorageWeakRef(x.untyped_storage()).cdata for x in tensors(given)}
-        self.made, self.most, self.at_attention, self.between = {}, 0, [], [0]
-
-    def now(self):
-        self.made = {key: made for key, made in self.made.items() if not made[0].expired()}
-        return sum(size for _, size in self.made.values())
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.name()
-        if "scaled_dot_product" in name and "backward" not in name:
-            self.at_attention.append(self.now())
-            self.between.append(0)
-        result = function(*args, **(kwargs or {}))
-        for x in tensors(result):
-            ref = StorageWeakRef(x.untyped_storage())
-            if ref.cdata not in self.given:
-                self.made[ref.cdata] = (ref, x.untyped_storage().nbytes())
-        self.between[-1] = max(self.between[-1], self.now())
-        self.most = max(self.between)
-        return result
 
 
 def held(pattern, backend, backward=False):

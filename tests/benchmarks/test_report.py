@@ -21,7 +21,7 @@ from tvkernels.benchmarks.report import charts, figures, markup, page, plots, pu
 from tvkernels.benchmarks.report.charts import Axis, Dots, Lane, Mark
 from tvkernels.cli import main
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "report.html"
 NONE = {name: [] for name in stored.SOURCES}
 CHROMIUM = next(

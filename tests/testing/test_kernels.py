@@ -19,7 +19,7 @@ from tvkernels._triton import configs, launch, support
 from tvkernels.ops import specs
 from tvkernels.testing import kernels
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FIELDS = {
     "op", "config", "arch", "registers", "spill_bytes", "shared_bytes", "hgmma", "mufu_ex2",
 }  # fmt: skip

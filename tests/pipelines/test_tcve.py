@@ -11,6 +11,7 @@ from torch import nn
 pytest.importorskip("diffusers")
 
 from tiny_unets import (
+    SD15,
     TINY,
     assert_rounding,
     clip_inputs,
@@ -411,7 +412,8 @@ def test_adamw_without_decay_is_adam():
 @pytest.mark.slow
 def test_memory_of_the_real_configuration():
     """16 frames of 480 x 480, for which the code asks for 24 GB: accounted, weights and all."""
-    from test_runtime_memory import SD15, TEXT, VAE
+    from tvkernels.benchmarks.edits.models import SD15_TEXT as TEXT
+    from tvkernels.benchmarks.edits.models import SD15_VAE as VAE
 
     from tvkernels.runtime.memory import Account, plan
 

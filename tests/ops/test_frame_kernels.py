@@ -8,7 +8,7 @@ import re
 
 import pytest
 import torch
-from test_memory import Held
+from held import Held
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tvkernels import FramePattern, frame_attention

@@ -22,7 +22,7 @@ from tvkernels.video import (  # noqa: E402
     write_video,
 )
 
-CLIPS = sorted((Path(__file__).parents[2] / "shared" / "data").glob("*.mp4"))
+CLIPS = sorted((Path(__file__).parents[3] / "shared" / "data").glob("*.mp4"))
 
 
 def quadrants(frames: int, height: int, width: int) -> np.ndarray:
@@ -417,7 +417,7 @@ except ImportError as error:
         [sys.executable, "-c", code, os.fspath(CLIPS[0]) if CLIPS else __file__],
         capture_output=True,
         text=True,
-        cwd=Path(__file__).parents[1],
+        cwd=Path(__file__).parents[2],
         check=False,
     )
     if CLIPS:

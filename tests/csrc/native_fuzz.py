@@ -1,7 +1,7 @@
 """Random calls of the native CPU ops against the reference: shapes, strides, alignments, dtypes.
 
 A program of its own too, so that it can run at another level or beside a sanitizer:
-``python tests/native_fuzz.py FOLDER ROUNDS [OP ...]``, where FOLDER holds the library.
+``python tests/csrc/native_fuzz.py FOLDER ROUNDS [OP ...]``, where FOLDER holds the library.
 """
 
 import dataclasses

@@ -17,7 +17,7 @@ from tvkernels.benchmarks.ops import checks, dense, flex, gate, report, rivals, 
 from tvkernels.ops import NAMES, specs
 from tvkernels.testing.calls import copied, tensors
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 SPECS = specs()
 FRAMES, TEMPORAL = SPECS["frame_attention"], SPECS["temporal_attention"]

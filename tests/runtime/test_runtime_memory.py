@@ -14,7 +14,7 @@ pytest.importorskip("diffusers")
 pytest.importorskip("pydantic")
 pytest.importorskip("transformers")
 
-from test_inflate import SD15
+from tiny_unets import SD15
 
 import tvkernels.edit
 from tvkernels import FramePattern, frame_attention

@@ -1,6 +1,6 @@
 """The native libraries: how they build, what they import, when they load, and that they are right.
 
-Results at the best level of this CPU are tests/test_ops.py's; here are the other levels, random
+Results at the best level of this CPU are tests/ops/test_ops.py's; here are the other levels, random
 calls, and the same calls under the address and undefined-behaviour sanitizers.
 """
 
@@ -23,7 +23,7 @@ from tvkernels.ops import specs
 from tvkernels.testing import cuda_kernels
 from tvkernels.testing.calls import build, registered_arguments
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 built = pytest.mark.skipif(bool(_native.why_not("cpu")), reason="; ".join(_native.why_not("cpu")))
 compiler = pytest.mark.skipif(
     sys.platform != "linux" or shutil.which("g++") is None, reason="needs g++ on Linux"
@@ -144,7 +144,7 @@ def test_random_calls(op):
 @compiler
 def test_exp_is_within_one_ulp(tmp_path):
     program = str(tmp_path / "exp_ulps")
-    source = ["-O2", "-std=c++17", "-Icsrc", "-DTVK_LEVEL=generic", "tests/exp_ulps.cpp"]
+    source = ["-O2", "-std=c++17", "-Icsrc", "-DTVK_LEVEL=generic", "tests/csrc/exp_ulps.cpp"]
     run("g++", *source, "-o", program)
     assert float(run(program)) < 1  # a line more than the error is no number
 
@@ -159,7 +159,7 @@ def test_halves_are_rounded_as_torch_rounds_them():
 def test_other_levels(level):
     """One process each: the level is chosen once."""
     best = _native.load("cpu").level()
-    fuzz = ("tests/native_fuzz.py", str(_native.FOLDER), "5")
+    fuzz = ("tests/csrc/native_fuzz.py", str(_native.FOLDER), "5")
     said = run(sys.executable, *fuzz, TVKERNELS_CPU_LEVEL=level)
     assert f"level {'generic' if best == 'generic' else level}" in said
 
@@ -226,7 +226,7 @@ def test_under_sanitizers(tmp_path):
     preload = [run("g++", f"-print-file-name=lib{name}.so").strip() for name in ("asan", "ubsan")]
     for level in ("avx512", "avx2", "generic"):
         run(
-            sys.executable, "tests/native_fuzz.py", str(tmp_path / "tvkernels"), "50",
+            sys.executable, "tests/csrc/native_fuzz.py", str(tmp_path / "tvkernels"), "50",
             LD_PRELOAD=":".join(preload), TVKERNELS_CPU_LEVEL=level,
             # Python and torch keep memory to their end: leaks say nothing here.
             ASAN_OPTIONS="detect_leaks=0,halt_on_error=1", OMP_NUM_THREADS="2",

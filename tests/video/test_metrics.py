@@ -429,7 +429,7 @@ def test_importing_it_loads_nothing_of_weight():
         "import sys, tvkernels.video.metrics; "
         "assert not {'transformers', 'cv2', 'PIL', 'safetensors'} & set(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
 
 
 @pytest.fixture

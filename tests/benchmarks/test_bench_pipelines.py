@@ -13,8 +13,7 @@ pytest.importorskip("rich")
 pytest.importorskip("transformers")
 
 from rich.console import Console
-from test_inflate import SD15
-from tiny_unets import TINY
+from tiny_unets import SD15, TINY
 
 from tvkernels import FramePattern, frame_attention
 from tvkernels.benchmarks import reference, timing

@@ -1,4 +1,4 @@
-"""CUDA kernels on the host: their sources run under tests/cuda_emulation, on tiny shapes.
+"""CUDA kernels on the host: their sources run under tests/csrc/cuda_emulation, on tiny shapes.
 
 What is not executed here: the tensor cores' own rounding, approximations of exp and division,
 races within a warp, and everything about speed. `make gpu` is for those.

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
+ROOT = HERE.parents[2]
 FLAGS = [
     "-O1", "-g", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror",
     "-Wno-unknown-pragmas", "-DTORCH_TARGET_VERSION=0x020a000000000000",
