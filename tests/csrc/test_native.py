@@ -1,7 +1,7 @@
 """The native libraries: how they build, what they import, when they load, and that they are right.
 
-Results at the best level of this CPU are tests/ops/test_ops.py's; here are the other levels, random
-calls, and the same calls under the address and undefined-behaviour sanitizers.
+Results at the best level of this CPU are tests/ops/test_ops.py's; here are the other levels,
+random calls, and the same calls under the address and undefined-behaviour sanitizers.
 """
 
 import os

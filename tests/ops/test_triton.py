@@ -1,7 +1,8 @@
 """Every Triton kernel in Triton's interpreter: float32 and float16, against the error budget.
 
 The interpreter runs a kernel's programs one after the other on the host. It cannot show races or
-faults of the compiler; `tests/testing/test_kernels.py` reads the compiled code, `make gpu` runs it.
+faults of the compiler; `tests/testing/test_kernels.py` reads the compiled code, `make gpu` runs
+it.
 """
 
 import pytest

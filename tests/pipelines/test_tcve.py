@@ -414,7 +414,6 @@ def test_memory_of_the_real_configuration():
     """16 frames of 480 x 480, for which the code asks for 24 GB: accounted, weights and all."""
     from tvkernels.benchmarks.edits.models import SD15_TEXT as TEXT
     from tvkernels.benchmarks.edits.models import SD15_VAE as VAE
-
     from tvkernels.runtime.memory import Account, plan
 
     peaks = {}

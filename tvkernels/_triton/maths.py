@@ -9,7 +9,7 @@ from tvkernels._triton.configs import next_power_of_2
 
 # Three exponentials on the special-function unit and the fourth on the FMA pipes: x = n + f with n
 # an integer and f in [0, 1); 2^f is a polynomial of degree 3 with p(0) = 1, minimax in the
-# relative error over [0, 1), which is 8.7e-5 at most (`tests/ops/test_frame_kernels.py` measures it);
+# relative error over [0, 1), which is 8.7e-5 at most (`tests/ops/test_frame_kernels.py`);
 # n is added to the exponent. n + 1.5 * 2^23 holds n in the low bits of its mantissa. Below -127
 # the result would wrap: a maximum cuts it off there. Of a NaN it makes the largest number.
 MIXED_EXP2 = tl.constexpr("""
