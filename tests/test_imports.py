@@ -21,7 +21,17 @@ PACKAGES = {
 MAX_LINES = 600
 MAX_IMPORT_MS = 50
 
-LEAVES = {"patterns", "_dispatch", "_compat", "_device", "_files", "_native", "_ranges", "_triton"}
+LEAVES = {
+    "patterns",
+    "_dispatch",
+    "_compat",
+    "_device",
+    "_files",
+    "devices",
+    "_native",
+    "_ranges",
+    "_triton",
+}
 LAYER_OF = {
     **dict.fromkeys(LEAVES, "leaf"),
     "processors": "processors",
