@@ -12,7 +12,9 @@ SHORT = {dtype: name for name, dtype in DTYPES.items()}
 KINDS = ("cuda", "xpu", "mps")  # in the order in which "auto" takes them, before the cpu
 # CPUs that multiply in bfloat16: AVX512-BF16, AMX, ARM. Elsewhere it is emulated and slower.
 FAST_BFLOAT16 = ("avx512_bf16", "amx_bf16", "amx_tile", "bf16", "sve_bf16")
-LACKING = ("out of memory", "alloc_failed", "not enough memory", "can't allocate memory")
+LACKING = (
+    "out of memory", "alloc_failed", "not enough memory", "can't allocate memory", "bad_alloc",
+)  # fmt: skip
 ADVICE = (
     "take fewer frames, a smaller size or dtype bf16, or give max_memory, which plans for it; "
     "against fragments on a GPU set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"

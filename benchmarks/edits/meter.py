@@ -127,13 +127,6 @@ def within_memory(device: torch.device) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, before)
 
 
-def out_of_memory(error: BaseException) -> bool:
-    """Whether that is what an error says."""
-    said = ("can't allocate memory", "bad_alloc", "out of memory")
-    known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-    return known or any(text in str(error) for text in said)
-
-
 def accounted_peak(one, clip: phases.Clip, phase: str, steps: int) -> int:
     """What a phase would hold beyond what is held before it, on fake tensors.
 

@@ -22,6 +22,7 @@ from tvkernels.benchmarks.ops.run import ABSENT, SKIPPED, TIMED, WRONG
 from tvkernels.benchmarks.stored import kept
 from tvkernels.benchmarks.timing import peak_bytes, quantiles
 from tvkernels.config import EMBEDDED, ConfigError
+from tvkernels.devices import out_of_memory
 from tvkernels.pipelines import METHODS
 from tvkernels.runtime import BACKENDS
 
@@ -208,7 +209,7 @@ def _measure_phase(entrants, clip: steps.Clip, phase: str, numbers, settings: Se
                 if phase == "tuning":
                     result = each.one.invert(clip.latents, clip.told, 1)
         except (RuntimeError, MemoryError) as error:
-            if not meter.out_of_memory(error):
+            if not out_of_memory(error):
                 raise
             row |= {"status": SKIPPED, "reason": "it takes more memory than there is"}
             if phase in ("inversion", "sampling") and clip.method != "blended-diffusion":

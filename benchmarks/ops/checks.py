@@ -196,14 +196,6 @@ def differing_runs(call: Callable[[], Sequence[Tensor]], runs: int) -> int:
     return differ
 
 
-def out_of_memory(error: Exception) -> bool:
-    """Whether a call only lacked memory: libraries say so in words of their own."""
-    text = str(error).lower()
-    return isinstance(error, torch.OutOfMemoryError) or any(
-        word in text for word in ("out of memory", "alloc_failed")
-    )
-
-
 def _bits(x: Tensor) -> Tensor:
     """NaN included, which equals nothing."""
     return x.contiguous().view(torch.uint8) if x.dim() else x.reshape(1).view(torch.uint8)

@@ -17,6 +17,7 @@ from torch import Tensor
 from tvkernels._dispatch import ON_DEVICE, OPS, brings_backward
 from tvkernels.benchmarks.cases import inputs
 from tvkernels.benchmarks.ops import checks
+from tvkernels.devices import out_of_memory
 from tvkernels.testing.calls import copied, registered_arguments, tensors
 from tvkernels.testing.spec import OpSpec
 
@@ -95,7 +96,7 @@ def run(
                 continue
             yield row | (repeat if job.repeats else check)(spec, job, dtype, device)
         except Exception as error:  # whatever a kernel raises, it gave no right result
-            if checks.out_of_memory(error):
+            if out_of_memory(error):
                 torch.cuda.empty_cache()
                 reason = f"too little memory: {str(error).partition('. ')[0]}"
                 yield row | {"status": SKIPPED, "reason": reason}

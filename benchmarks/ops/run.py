@@ -29,6 +29,7 @@ from tvkernels.benchmarks.cases import (
 from tvkernels.benchmarks.limits import Rates, limit, measure_rates
 from tvkernels.benchmarks.ops import checks, rivals
 from tvkernels.benchmarks.timing import Candidate, interleave, peak_bytes
+from tvkernels.devices import out_of_memory
 from tvkernels.testing.calls import copied, leaves, tensors
 from tvkernels.testing.spec import OpSpec
 
@@ -184,7 +185,7 @@ def measure_case(
         outer = checks.outer_gradients(spec, args) if settings.backward else None
         time_together(spec, args, outer, right, settings)
     except Exception as error:
-        if not checks.out_of_memory(error):
+        if not out_of_memory(error):
             raise
         torch.cuda.empty_cache()
         skipped = _skipped(error)
@@ -269,7 +270,7 @@ def time_together(spec: OpSpec, args, outer, right: list, settings: Settings) ->
             calls[0]()
             result["peak_bytes"] = peak_bytes(calls[0], device)
         except Exception as error:  # its first call, on memory of its own, went well
-            if checks.out_of_memory(error):
+            if out_of_memory(error):
                 torch.cuda.empty_cache()
                 result |= _skipped(error)
             else:
