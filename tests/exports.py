@@ -1,13 +1,13 @@
 """Exports of tiny UNets, each made once for all test files and workers."""
 
 import copy
-import fcntl
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from tiny_unets import one_level_unet, seeded
 
 import tvkernels
@@ -57,8 +57,7 @@ def exported(recipe: str, tmp_path_factory) -> Path:
     base = tmp_path_factory.getbasetemp()
     base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     folder = base / f"export-{recipe}"
-    with (base / f"export-{recipe}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with FileLock(base / f"export-{recipe}.lock"):
         if not folder.exists():
             command = [sys.executable, "-c", WITHOUT_TRITON, str(Path(__file__).parent)]
             done = subprocess.run([*command, recipe, str(folder)], capture_output=True, text=True)

@@ -7,7 +7,6 @@ counted in the assembled code, imported symbols are held to what torch 2.10 has.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
@@ -16,6 +15,8 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+from filelock import FileLock  # comes with torch
 
 import tvkernels
 from tvkernels._triton.configs import SHARED_LIMITS
@@ -77,8 +78,7 @@ def build(archs: Sequence[str], folder: Path = FOLDER) -> dict[str, Path]:
         "TVKERNELS_CUDA_ARCHS": ";".join(arch.removeprefix("sm_") for arch in archs),
     }
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as lock:  # two workers of a test run build it once
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with FileLock(folder / "lock"):  # two workers of a test run build it once
         result = subprocess.run(
             [sys.executable, "-c", _BUILD, str(folder)],
             cwd=ROOT, env=env, capture_output=True, text=True, check=False,

@@ -5,7 +5,6 @@ of tensor cores and the choice of a stream are those of the emulation. Ops are r
 tensors as `torch.ops.tvkernels_emulated.<op>`.
 """
 
-import fcntl
 import hashlib
 import shutil
 import subprocess
@@ -14,6 +13,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
@@ -46,8 +46,7 @@ def library(*options: str) -> Path:
     folder = ROOT / "build" / "cuda-emulation"
     folder.mkdir(parents=True, exist_ok=True)
     found = folder / f"{digest.hexdigest()[:20]}.so"
-    with open(folder / "lock", "w") as lock:  # two workers of a test run build it once
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with FileLock(folder / "lock"):  # two workers of a test run build it once
         if not found.exists():
             _build(sources, list(options), found)
     return found
