@@ -14,7 +14,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c $(CON
 # What `make setup` was given a compiler for is compiled again when a source has changed.
 CSRC := $(wildcard csrc/*.cpp csrc/*/*.* csrc/*/*/*.*)
 
-.PHONY: setup native demo test test-slow test-oldest lint bench bench-check report gpu clean
+.PHONY: setup native demo test test-slow test-oldest test-newest test-pythons lint bench bench-check
+.PHONY: report gpu clean
 
 setup: $(STAMP)
 
@@ -52,6 +53,17 @@ build/oldest.txt: constraints.txt Makefile
 	@mkdir -p $(@D)
 	sed $(foreach pin,$(OLDEST),-e '/^$(firstword $(subst ==, ,$(pin)))==/d') $< >$@
 	printf '%s\n' $(OLDEST) >>$@
+
+# The tests under the newest torch, triton and Python that are found, nothing pinned.
+test-newest:
+	@mkdir -p build
+	@touch build/newest.txt
+	$(MAKE) test VENV=build/newest PYTHON="$$($(PYTHON) .ci/pythons.py --newest)" TORCH="--upgrade torch" \
+	    CONSTRAINTS=build/newest.txt
+
+# Import and info under every Python that pyproject.toml promises and this machine has: gigabytes too.
+test-pythons:
+	$(PYTHON) .ci/pythons.py --install --torch '$(TORCH)'
 
 lint: setup
 	$(BIN)/ruff check .

@@ -4,17 +4,18 @@ import json
 import runpy
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+import pythons
 
 import tvkernels
 
-tomllib = pytest.importorskip("tomllib", reason="Python 3.11 or newer reads pyproject.toml")
-
 ROOT = Path(__file__).parents[1]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 EXTRAS = PROJECT["project"]["optional-dependencies"]
+HERE = "{}.{}".format(*sys.version_info)
 
 
 def name(requirement: str) -> str:
@@ -37,6 +38,33 @@ def test_extras():
     (everything,) = EXTRAS["all"]
     listed = everything.removeprefix("tvkernels[").removesuffix("]").split(",")
     assert set(listed) == set(EXTRAS) - {"all"}
+
+
+def test_pythons_agree():
+    """What is promised is what `.ci/pythons.py` tries, from the pins' own Python on."""
+    oldest = pythons.promised()[0]
+    assert pythons.promised() == sorted(pythons.promised(), key=lambda v: int(v.split(".")[1]))
+    assert PROJECT["project"]["requires-python"] == f">={oldest}"
+    assert PROJECT["tool"]["ruff"]["target-version"] == f"py{oldest.replace('.', '')}"
+    assert f"Python {oldest} or newer" in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"Python {oldest} or newer" in (ROOT / "constraints.txt").read_text(encoding="utf-8")
+
+
+def test_a_python_that_is_not_here_is_said_and_a_broken_file_fails(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(pythons, "PLACES", ())
+    monkeypatch.setattr(pythons, "promised", lambda: ["3.1", HERE])
+    monkeypatch.setattr(pythons, "ROOT", tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (tmp_path / f"python{HERE}").symlink_to(sys.executable)
+    (tmp_path / "setup.py").write_text("match 1:\n    case _: pass\n")
+    monkeypatch.setattr(sys, "argv", ["pythons.py"])
+    assert pythons.main() == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "Python 3.1: not run, no interpreter of it here"
+    assert said[1].startswith(f"Python {HERE}: ok: 1 files compiled; import was not run")
+    (tmp_path / "setup.py").write_text("'\\d'\n")
+    assert pythons.main() == 1
+    assert "FAILED" in capsys.readouterr().out
 
 
 def test_everything_that_make_installs_is_pinned():

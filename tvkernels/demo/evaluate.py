@@ -110,7 +110,7 @@ def write_record(directory: Path, figures: dict) -> None:
             "python": platform.python_version(),
             **{name: version(name) for name in ("torch", "diffusers", "transformers", "numpy")},
         },
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
     path.write_text(json.dumps(content, indent=2) + "\n")
     (directory / "README.md").write_text(_card(content))

@@ -289,7 +289,7 @@ def record(out: Path, stage: str, progress: Progress, steps: int, images: int) -
         "seconds": round(progress.seconds),
         "steps": steps,
         "images": images,
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
     content.setdefault("stages", []).append(run)
     path.write_text(json.dumps(content, indent=2) + "\n")
