@@ -3,68 +3,200 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+import tvkernels
+from tvkernels.pipelines.files import ModelError, check_embedding, check_lora, single_file_kind
+
+__all__ = [
+    "ModelError", "check_embedding", "check_lora", "check_model", "check_unet", "check_vae",
+    "latent_side", "model_size", "single_file_config", "vae_factor",
+]  # fmt: skip
+# Whose models come in one file: the embedded model's and Stable Diffusion 1.x, whose
+# configurations and tokenizer lie beside this file.
+CONFIGS = (Path(tvkernels.__file__).parent / "demo" / "model", Path(__file__).parent / "sd15")
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+WEIGHTS = {
+    "unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model",
+}  # fmt: skip
+# Inputs that Stable Diffusion 1.x has not, by the UNet's setting -> what wants them.
+OTHER_INPUTS = {
+    "addition_embed_type": "an SDXL model",
+    "class_embed_type": "a UNet with classes",
+    "num_class_embeds": "a UNet with classes",
+    "encoder_hid_dim_type": "a UNet with another text",
+    "encoder_hid_dim": "a UNet with another text",
+    "time_cond_proj_dim": "a UNet that was distilled for a guidance of its own (LCM); "
+    "the plain model with LCM's LoRA does",
+}
 
 
-class ModelError(ValueError):
-    """The model is not one these pipelines can run; one line that says what to do."""
+def check_model(model: str | Path, variant: str | None = None) -> None:
+    """Whether a model is there and of the right family, before anything is loaded.
 
-
-def check_model_folder(model: str | Path) -> None:
-    """Looks at a local model directory before anything is loaded; a hub name passes.
-
+    Args:
+        model: a folder in diffusers' layout, a .safetensors file in Stable Diffusion's, or a hub
+            name, which is looked for in the local cache alone.
+        variant: of the folder's files, such as fp16.
     Raises:
-        ModelError: no diffusers model, no UNet, or not the SD-1.x family.
+        ModelError: there is no such model or variant, a pickle, or not the SD-1.x family.
     """
-    folder = Path(model)
-    if not folder.is_dir():
-        if folder.exists() or len(folder.parts) > 2 or str(model).startswith((".", "/", "~")):
-            raise ModelError(f"{model} is not a model directory: give one in diffusers' layout")
+    path, folder = Path(model), _configuration(model)
+    if path == folder:
+        for part, stem in WEIGHTS.items():
+            _check_weights(path / part, stem, variant)
+    elif folder is not None and variant is not None:
+        raise ModelError(f"{path} is one file and has no variant {variant}: leave it out")
+
+
+def _configuration(model: str | Path) -> Path | None:
+    """The folder with a model's configuration, of the right family; None for a hub name."""
+    path = Path(model)
+    if path.is_file() or path.suffix.lower() in (".safetensors", ".ckpt"):
+        return single_file_config(path)
+    if not path.is_dir():
+        _check_hub_name(str(model))
+        return None
+    if not (path / "model_index.json").is_file():
+        raise ModelError(f"{path} has no model_index.json: give a model in diffusers' layout")
+    check_unet(_read(path / "unet" / "config.json"))
+    return path
+
+
+def _check_weights(folder: Path, stem: str, variant: str | None) -> None:
+    names = [file.name for file in folder.glob("*")] if folder.is_dir() else []
+    split = [re.sub(r"-\d+-of-\d+", "", name).split(".") for name in names]
+    there = {parts[1] if len(parts) == 3 else None for parts in split
+             if parts[0] == stem and parts[-1] == "safetensors"}  # fmt: skip
+    if variant in there:
         return
-    if not (folder / "model_index.json").is_file():
-        raise ModelError(f"{folder} has no model_index.json: give a model in diffusers' layout")
-    check_unet(_read(folder / "unet" / "config.json"))
+    others = sorted(filter(None, there))
+    if variant is None and others:
+        raise ModelError(f"{folder} has nothing but variants: ask for variant {others[0]}")
+    if there:
+        raise ModelError(
+            f"{folder} has no variant {variant}: "
+            + (f"ask for {' or '.join(others)}" if others else "leave it out")
+        )
+    if any(parts[0] in (stem, "pytorch_model") and parts[-1] == "bin" for parts in split):
+        root = folder.parent
+        raise ModelError(
+            f"{folder} holds pickles, which can run any code when they are opened: convert the "
+            'model by python -c "from diffusers import StableDiffusionPipeline as P; '
+            f'P.from_pretrained({str(root)!r}).save_pretrained({str(root) + "-safe"!r})"'
+        )
+    raise ModelError(f"{folder} has no {stem}.safetensors: give a whole model")
+
+
+def _check_hub_name(name: str) -> None:
+    if not HUB_NAME.fullmatch(name):
+        raise ModelError(
+            f"{name} is no folder, no .safetensors file and no hub's name: give one of them, "
+            "a hub's name as organisation/model"
+        )
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    kept = isinstance(try_to_load_from_cache(name, "model_index.json"), str)
+    if constants.HF_HUB_OFFLINE and not kept:
+        raise ModelError(
+            f"{name} is no folder and not in the local cache, and HF_HUB_OFFLINE is set: "
+            "give a folder, or unset it"
+        )
+    if Path(name).parent.is_dir() and not kept:
+        raise ModelError(
+            f"there is no {Path(name).name} in the folder {Path(name).parent}: give a model's "
+            "folder, or a hub's name from another working directory"
+        )
 
 
 def check_unet(config: Mapping) -> None:
     """Refuses UNets that are not of the SD-1.x family, from their configuration.
 
     Raises:
-        ModelError: SDXL, a video UNet, or inputs other than four latent channels.
+        ModelError: SDXL, a video UNet, or inputs other than four latent channels, a timestep and
+            a text.
     """
     kind = config.get("_class_name", "UNet2DConditionModel")
     if kind != "UNet2DConditionModel":
         raise ModelError(f"the model's UNet is a {kind}: give a Stable Diffusion 1.x model")
-    if config.get("addition_embed_type"):
-        raise ModelError("this is an SDXL model: give a Stable Diffusion 1.x model")
+    for name, what in OTHER_INPUTS.items():
+        if config.get(name):
+            raise ModelError(f"this is {what}: give a Stable Diffusion 1.x model")
     if config.get("in_channels", 4) != 4:
         raise ModelError(
             f"the UNet takes {config['in_channels']} channels (an inpainting or depth model): "
             "give a plain Stable Diffusion 1.x model"
         )
+    if config.get("out_channels", 4) != 4:
+        raise ModelError(
+            f"the UNet gives {config['out_channels']} channels (a learned variance): "
+            "give a plain Stable Diffusion 1.x model"
+        )
+
+
+def check_vae(vae: Any) -> None:
+    """Refuses VAEs that do not turn pictures into four channels and back by themselves.
+
+    Raises:
+        ModelError: of video, of another number of channels, or one that draws noise of its own.
+    """
+    import inspect
+
+    kind, config = type(vae).__name__, vae.config
+    if config.get("latent_channels", 4) != 4 or config.get("in_channels", 3) != 3:
+        raise ModelError(f"the VAE {kind} has other channels: give one of Stable Diffusion 1.x")
+    if {"num_frames", "num_inference_steps"} & set(inspect.signature(vae.decode).parameters):
+        raise ModelError(f"the VAE {kind} decodes clips or draws noise: give an AutoencoderKL")
+
+
+def vae_factor(config: Mapping) -> int:
+    """Pixels to a latent along each side, of any VAE for images."""
+    names = ("encoder_block_out_channels", "down_block_out_channels", "block_out_channels")
+    blocks = next((config[name] for name in names if config.get(name)), (0,))
+    return 2 ** (len(blocks) - 1)
+
+
+def latent_side(config: Mapping) -> int:
+    """Side of the latents that a UNet was trained on, the shorter one of two.
+
+    diffusers' own default where the configuration is silent: 64.
+    """
+    size = config.get("sample_size") or 64
+    return size if isinstance(size, int) else min(size)
 
 
 def model_size(model: str | Path) -> tuple[int, int]:
-    """Pixels of the square the model was trained on, and what both sides must divide by.
+    """Pixels of the shorter side the model was trained on, and what both sides must divide by.
 
-    Reads a local directory's configuration files; of a hub name only those are fetched.
+    Reads a folder's or a file's configuration; of a hub name only the configuration is fetched.
 
     Raises:
         ModelError: no such model, or not one of the SD-1.x family.
     """
-    folder = Path(model)
-    if folder.is_dir():
-        check_model_folder(folder)
-        unet, vae = (_read(folder / part / "config.json") for part in ("unet", "vae"))
-    else:
-        check_model_folder(model)
+    folder = _configuration(model)
+    if folder is None:
         unet, vae = _fetch(str(model))
         check_unet(unet)
-    multiple = 2 ** (len(vae.get("block_out_channels", (0,))) - 1)
-    # diffusers' own default where the configuration is silent: 64 latents, 512 pixels.
-    return (unet.get("sample_size") or 64) * multiple, multiple
+    else:
+        unet, vae = (_read(folder / part / "config.json") for part in ("unet", "vae"))
+    return latent_side(unet) * vae_factor(vae), vae_factor(vae)
+
+
+def single_file_config(path: str | Path) -> Path:
+    """The folder with the configuration of a checkpoint in one file.
+
+    Raises:
+        ModelError: no such file, a pickle, no whole model, or one of another family.
+    """
+    known = {}
+    for folder in CONFIGS:
+        unet = _read(folder / "unet" / "config.json")
+        known[folder] = unet["block_out_channels"][0], unet["cross_attention_dim"]
+    return single_file_kind(path, known)
 
 
 def _read(config: Path) -> dict:
@@ -74,7 +206,7 @@ def _read(config: Path) -> dict:
             f"{config.parent.parent} has no {part}/config.json: give a Stable Diffusion 1.x model"
         )
     try:
-        return json.loads(config.read_text())
+        return json.loads(config.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise ModelError(f"{config} cannot be read: {error}") from None
 

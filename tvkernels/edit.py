@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,8 @@ from tvkernels.demo import MODEL_DIR
 from tvkernels.demo.settings import OVERRIDES
 from tvkernels.fronts import check_taken, front, strangers
 from tvkernels.pipelines import METHODS
-from tvkernels.pipelines.checks import ModelError, check_model_folder, model_size
+from tvkernels.pipelines.checks import ModelError, check_model, model_size
+from tvkernels.pipelines.loading import load_pipeline, quiet_class
 from tvkernels.video import (
     OUTPUTS,
     Video,
@@ -140,7 +141,7 @@ def edit(given: EditSettings, notes: list[str], say: Callable[[str], None]) -> l
             write_video(output, decode(pipe, latents, plan), video.fps)
         record["settings"].update(prompts=[prompt], output=str(output), **own.record(call))
         record["seconds"] = {**clock.seconds, "total": round(time.perf_counter() - began, 2)}
-        record["date"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        record["date"] = datetime.now(UTC).isoformat(timespec="seconds")
         kept = output.with_suffix(".json")
         write_json(kept, record)
         say(f"wrote {output} and {kept.name} (sampled in {clock.seconds['sampling']:.1f} s)")
@@ -163,7 +164,7 @@ def check(given: EditSettings) -> list[Path]:
     if not given.clip.exists():
         raise VideoError(f"{given.clip} does not exist")
     if given.model != EMBEDDED:
-        check_model_folder(given.model)
+        check_model(given.model)
     check_taken(given)
     outputs = _outputs(given)
     for output in outputs:
@@ -233,7 +234,7 @@ def method_numbers(method: str, embedded: bool) -> tuple[Settings, dict[str, str
     Returns:
         Settings, and for each replaced number a text, such as "tune_steps 40 (500)".
     """
-    own = _pipeline_class(method).settings
+    own = quiet_class(method).settings
     overrides = OVERRIDES.get(method, {}) if embedded else {}
     changed = {n: v for n, v in overrides.items() if getattr(own, n) != v}
     said = {n: f"{n} {_plain(value)} ({_plain(getattr(own, n))})" for n, value in changed.items()}
@@ -244,35 +245,6 @@ def _plain(value: Any) -> str:
     if isinstance(value, tuple):
         return ", ".join(map(str, value))
     return f"{value:g}" if isinstance(value, (int, float)) else str(value)
-
-
-def load_pipeline(
-    method: str, model: str, backend: str = "auto", *, offload: bool = False, **options
-) -> OneShotPipeline:
-    """A method's pipeline on the device there is, without loading bars.
-
-    Args:
-        method: a name of `METHODS`.
-        model: a directory or a hub name.
-        backend: of the attention ops.
-        offload: on a device, models that are not at work wait in the host's memory.
-        options: of `from_pretrained`.
-    Raises:
-        ModelError: the model cannot be loaded.
-    """
-    from safetensors import SafetensorError
-
-    try:
-        pipe = _pipeline_class(method).from_pretrained(model, backend=backend, **options)
-    except ModelError:
-        raise
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
-        raise ModelError(f"cannot load the model {model}: {reason}") from error
-    if offload:
-        pipe.enable_model_cpu_offload()
-        return pipe
-    return pipe.to(preferred_device())
 
 
 def preferred_device() -> str:
@@ -346,19 +318,6 @@ def plan_memory(settings: EditSettings, model: str, recipe) -> Plan:
         )  # fmt: skip
     except BudgetError as error:
         raise ConfigError(f"max_memory: {error}") from None
-
-
-def _pipeline_class(method: str) -> type[OneShotPipeline]:
-    """Imports it, with the libraries' own bars and advice about torchvision switched off."""
-    import diffusers
-    import transformers
-
-    from tvkernels.pipelines import pipeline_class
-
-    transformers.utils.logging.set_verbosity_error()
-    for library in (diffusers, transformers):
-        library.utils.logging.disable_progress_bar()
-    return pipeline_class(method)
 
 
 def preprocess(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from tvkernels.config import EMBEDDED, ConfigError
 from tvkernels.demo import MODEL_DIR
 from tvkernels.pipelines import METHODS
-from tvkernels.pipelines.checks import ModelError, check_model_folder, model_size
+from tvkernels.pipelines.checks import ModelError, check_model, model_size
 
 if TYPE_CHECKING:
     from torch import nn
@@ -123,7 +123,7 @@ def check(given: ExportSettings) -> None:
     if given.frames is not None and given.frames < 1:
         raise ConfigError(f"a clip has one frame or more, not {given.frames}")
     if given.model != EMBEDDED:
-        check_model_folder(given.model)
+        check_model(given.model)
     from tvkernels.runtime import aoti, files, onnx, tensorrt
 
     try:

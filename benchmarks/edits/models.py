@@ -11,9 +11,10 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from tvkernels.config import EMBEDDED, ConfigError
 from tvkernels.demo import MODEL_DIR
-from tvkernels.edit import load_pipeline, method_numbers, preferred_device
+from tvkernels.edit import method_numbers, preferred_device
 from tvkernels.pipelines import pipeline_class
 from tvkernels.pipelines.checks import ModelError
+from tvkernels.pipelines.loading import load_pipeline
 from tvkernels.pipelines.one_shot import OneShotPipeline
 
 # Stable Diffusion 1.5's own configurations, where they are not the classes' defaults.

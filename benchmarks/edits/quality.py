@@ -26,11 +26,12 @@ from tvkernels.config import ConfigError
 from tvkernels.demo import MODEL_DIR
 from tvkernels.demo.measure import edit_scene
 from tvkernels.demo.world import edit_pair
-from tvkernels.edit import NUMBERS, device_name, load_pipeline, method_numbers, versions
+from tvkernels.edit import NUMBERS, device_name, method_numbers, versions
 from tvkernels.fronts import FRONTS
 from tvkernels.patterns import FramePattern
 from tvkernels.pipelines import METHODS
 from tvkernels.pipelines.cache import Cache
+from tvkernels.pipelines.loading import load_pipeline
 from tvkernels.recipes import ABLATIONS, RECIPES, Recipe
 from tvkernels.video import check_output
 

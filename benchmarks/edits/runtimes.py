@@ -17,8 +17,8 @@ from tvkernels import BackendError
 from tvkernels._dispatch import auto_takes
 from tvkernels.benchmarks import RESULTS, machine, stored, timing
 from tvkernels.demo import MODEL_DIR
-from tvkernels.edit import load_pipeline
 from tvkernels.pipelines import METHODS
+from tvkernels.pipelines.loading import load_pipeline
 from tvkernels.runtime import BACKENDS
 
 ROWS = RESULTS / "runtimes.jsonl"

@@ -69,7 +69,7 @@ def sample(device: torch.device, ops: Sequence[str]) -> None:
 
 def _pipeline(device: torch.device) -> Callable[[int], None]:
     from tvkernels.demo import MODEL_DIR
-    from tvkernels.edit import load_pipeline
+    from tvkernels.pipelines.loading import load_pipeline
 
     pipe = load_pipeline("ei2", str(MODEL_DIR))
     pipe.set_progress_bar_config(disable=True)

@@ -22,10 +22,11 @@ from tvkernels.benchmarks.timing import quiet
 from tvkernels.config import EMBEDDED, ConfigError
 from tvkernels.demo import MODEL_DIR
 from tvkernels.demo.world import edit_pair
-from tvkernels.edit import load_pipeline, method_numbers, write_json
+from tvkernels.edit import method_numbers, write_json
 from tvkernels.pipelines import METHODS
-from tvkernels.pipelines.checks import check_model_folder, model_size
+from tvkernels.pipelines.checks import check_model, model_size
 from tvkernels.pipelines.common import decode_latents
+from tvkernels.pipelines.loading import load_pipeline
 from tvkernels.runtime import BACKENDS, accelerate, why_not
 from tvkernels.video import atomic_path, check_output
 
@@ -111,7 +112,7 @@ def check(given: ProfileSettings) -> int:
     if reasons:
         raise ConfigError(f"the runtime {given.runtime} cannot run here: {'; '.join(reasons)}")
     if given.model != EMBEDDED:
-        check_model_folder(given.model)
+        check_model(given.model)
     largest, multiple = model_size(_model(given))
     size = given.size or largest
     if size % multiple:

@@ -19,8 +19,9 @@ from tvkernels.atlas.keys import median
 from tvkernels.benchmarks.reference import REFERENCES, load_reference
 from tvkernels.demo import MODEL_DIR
 from tvkernels.demo.world import heldout_scene
-from tvkernels.edit import load_pipeline, method_numbers
+from tvkernels.edit import method_numbers
 from tvkernels.pipelines import pipeline_class
+from tvkernels.pipelines.loading import load_pipeline
 from tvkernels.pipelines.stable_video import _Job
 from tvkernels.recipes import TCVE_PAPER, TUNE_A_VIDEO
 from tvkernels.testing.budget import assert_error_budget

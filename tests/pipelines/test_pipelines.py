@@ -27,7 +27,7 @@ from tiny_pipelines import loader, noisy_clip, save_model
 from tvkernels.demo import MODEL_DIR
 from tvkernels.pipelines import METHODS, pipeline_class
 from tvkernels.pipelines.cache import Cache, content_key
-from tvkernels.pipelines.checks import ModelError, check_model_folder, check_unet
+from tvkernels.pipelines.checks import ModelError, check_model, check_unet
 from tvkernels.pipelines.common import decode_chunks, decode_latents
 from tvkernels.pipelines.one_shot import OneShotPipeline
 from tvkernels.recipes import ABLATIONS
@@ -503,18 +503,18 @@ def test_models_of_other_kinds_are_refused(folder, tmp_path):
     with pytest.raises(ModelError, match="9 channels"):
         check_unet({"in_channels": 9})
     with pytest.raises(ModelError, match="model_index"):
-        check_model_folder(tmp_path)
+        check_model(tmp_path)
     (tmp_path / "model_index.json").write_text("{}")
     with pytest.raises(ModelError, match="unet"):
-        check_model_folder(tmp_path)
+        check_model(tmp_path)
     (tmp_path / "unet").mkdir()
     (tmp_path / "unet" / "config.json").write_text(json.dumps({"in_channels": 9}))
     with pytest.raises(ModelError, match="9 channels"):
-        check_model_folder(tmp_path)
-    with pytest.raises(ModelError, match="not a model directory"):
-        check_model_folder(tmp_path / "absent" / "model")
-    check_model_folder(folder)
-    check_model_folder("some/hub-name")
+        check_model(tmp_path)
+    with pytest.raises(ModelError, match="no folder"):
+        check_model(tmp_path / "absent" / "model")
+    check_model(folder)
+    check_model("some/hub-name")
 
 
 def test_v_prediction_and_float16_tuning_are_refused(load, folder, clip):
