@@ -1,15 +1,13 @@
 """What an import costs and loads, which layer may import which, and how long files may be."""
 
 import ast
-import os
-import subprocess
 import sys
-import textwrap
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from fresh import printed
 
 ROOT = Path(__file__).parents[1]
 # Folder -> the package it installs as.
@@ -222,22 +220,8 @@ def test_an_api_loads_backends_late_and_only_its_own():
     assert objection(api, f"{ops}.temporal_attention.cpu", late=True)
 
 
-def fresh(code: str, environment: dict[str, str] | None = None) -> str:
-    """Standard output of ``code`` in a new interpreter that starts in the repository's root."""
-    result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=os.environ | (environment or {}),
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout
-
-
 def test_import_needs_torch_alone_and_touches_no_device():
-    fresh("""
+    printed("""
         import sys
 
         OTHERS = {"triton", "diffusers", "transformers", "accelerate", "safetensors", "scipy",
@@ -263,7 +247,7 @@ def test_import_needs_torch_alone_and_touches_no_device():
 
 def test_import_loads_nothing_of_weight():
     """Nothing is blocked here: what is installed must still not be loaded."""
-    loaded = fresh("""
+    loaded = printed("""
         import sys
         import torch
         before = set(sys.modules)
@@ -282,14 +266,13 @@ def test_import_is_quick(tmp_path):
     with the bytecode that an installation has: the first run here writes it.
     """
     code = """
-        import time
-        import torch
+        import sys, time
+        sys.pycache_prefix, sys.dont_write_bytecode = sys.argv[1], False
         start = time.process_time()
         import tvkernels
         print(1000 * (time.process_time() - start))
     """
-    bytecode = {"PYTHONPYCACHEPREFIX": str(tmp_path), "PYTHONDONTWRITEBYTECODE": ""}
-    costs = [float(fresh(code, bytecode)) for _ in range(6)][1:]
+    costs = [float(printed(code, tmp_path)) for _ in range(6)][1:]
     assert min(costs) < MAX_IMPORT_MS, f"import tvkernels costs {costs} ms beyond torch"
 
 

@@ -1,18 +1,14 @@
 """The report of versions, devices and backends, in this process and with torch alone."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import torch
+from fresh import printed
 
 from tvkernels import __version__, info
 from tvkernels._dispatch import BACKENDS, OPS
 from tvkernels.ops import NAMES
 
-ROOT = Path(__file__).parents[1]
 BLOCKED = """
 import sys
 for name in ("triton", "diffusers", "transformers", "numpy", "av", "typer", "rich"):
@@ -20,19 +16,6 @@ for name in ("triton", "diffusers", "transformers", "numpy", "av", "typer", "ric
 from tvkernels import info
 info.main(sys.argv[1:])
 """
-
-
-def run(*arguments):
-    result = subprocess.run(
-        [sys.executable, *arguments],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout
 
 
 def test_every_op_and_backend_is_listed():
@@ -108,13 +91,14 @@ def test_missing_packages_are_said(monkeypatch):
 
 
 def test_with_torch_alone():
-    data = json.loads(run("-c", BLOCKED, "--json"))
+    data = json.loads(printed(BLOCKED, "--json"))
     assert list(data["ops"]) == list(NAMES)
     assert all(op["backends"]["cpu"] == [] for op in data["ops"].values())
 
 
 def test_module_prints_text():
-    printed = run("-m", "tvkernels.info")
-    assert "frame_attention (own)\n  triton     " in printed
-    assert "\n  cuda       frame_attention has no cuda backend" in printed
-    assert printed.count("cpu        runs") == len(NAMES)
+    code = "import runpy; runpy.run_module('tvkernels.info', run_name='__main__', alter_sys=True)"
+    text = printed(code)
+    assert "frame_attention (own)\n  triton     " in text
+    assert "\n  cuda       frame_attention has no cuda backend" in text
+    assert text.count("cpu        runs") == len(NAMES)

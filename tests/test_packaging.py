@@ -2,13 +2,13 @@
 
 import json
 import runpy
-import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
 import pytest
 import pythons
+from fresh import printed
 
 import tvkernels
 
@@ -91,15 +91,8 @@ def test_folders_import_under_the_package(where, tmp_path):
         "import importlib, json; "
         f"print(json.dumps([importlib.import_module(p).__file__ for p in {packages}]))"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        cwd=ROOT if where == "the root" else tmp_path,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    files = [Path(file) for file in json.loads(result.stdout)]
+    found = printed(code, cwd=ROOT if where == "the root" else tmp_path)
+    files = [Path(file) for file in json.loads(found)]
     assert all(file.name == "__init__.py" for file in files)
     installed = Path(tvkernels.__file__).parent
     assert files[0] == installed / "__init__.py"

@@ -2,13 +2,12 @@
 
 import gzip
 import json
-import os
-import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
+from fresh import printed
 
 import tvkernels
 from tvkernels import FramePattern, _ranges
@@ -130,9 +129,7 @@ def test_balanced_when_something_raises(nvtx, where):
 def test_switched_on_for_a_whole_program():
     code = "from tvkernels import _ranges; print(type(_ranges.span('op', 'x')).__name__)"
     for given, kind in (("1", "_GeneratorContextManager"), ("0", "nullcontext")):
-        environment = os.environ | {"TVKERNELS_NVTX": given}
-        found = subprocess.check_output([sys.executable, "-c", code], env=environment, text=True)
-        assert found.strip() == kind
+        assert printed(code, env={"TVKERNELS_NVTX": given}).strip() == kind
 
 
 def test_backward_of_an_op(nvtx):

@@ -3,13 +3,11 @@
 import dataclasses
 import importlib.metadata
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from fresh import fresh
 
 from tvkernels._dispatch import OPS
 
@@ -27,11 +25,8 @@ FIELDS = {
 
 def tvk_kernels(*arguments):
     """`tvk kernels` in a process of its own: this one holds the interpreter's kernels."""
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    return subprocess.run(
-        [sys.executable, "-m", "tvkernels", "kernels", *arguments],
-        capture_output=True, text=True, cwd=ROOT, env=env, check=False,
-    )  # fmt: skip
+    code = "import sys; from tvkernels.__main__ import main; sys.exit(main())"
+    return fresh(code, "kernels", *arguments, env={"TRITON_INTERPRET": None})
 
 
 # Most of the time to compile: .ci/run compiles everything, for every architecture.
