@@ -3,6 +3,8 @@
 TVKERNELS_BUILD        auto: what a compiler is there for, and a warning where it fails (default);
                        0: nothing, a wheel for every platform; 1: an error if it cannot be built
 TVKERNELS_CUDA_ARCHS   "80;86;89;90;100+PTX" unless given; "" leaves the CUDA part out
+TVKERNELS_LEVELS       instruction sets of the CPU part, "generic;avx2;avx512" unless given; tests
+                       add "wide", 16 floats a vector on any CPU
 CXX, NVCC              the compilers
 CXXFLAGS               further options of CXX, for compiling and linking
 MAX_JOBS               how many files are compiled at once; as many as there are processors
@@ -41,8 +43,10 @@ NVCC_FLAGS = [
     "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall,-Wextra",
 ]  # fmt: skip
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
-# Every file of csrc/cpu/kernels is compiled once per level; the CPU decides which one runs.
+# Every file of csrc/cpu/kernels is compiled once per level; the CPU decides which one runs. The
+# order is that of csrc/cpu/common/level.h.
 LEVELS = {
+    "wide": ["-Wno-psabi"],  # vectors wider than the registers: passed in memory, and g++ says so
     "generic": [],
     "avx2": AVX2,
     "avx512": [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"],
@@ -100,6 +104,17 @@ def parts() -> list[str]:
     return ["cpu", "cuda"] if cuda else ["cpu"]
 
 
+def levels() -> dict[str, list[str]]:
+    """The levels to compile, those of TVKERNELS_LEVELS that this kind of processor can have."""
+    asked = set(re.split(r"[;\s]+", os.environ.get("TVKERNELS_LEVELS") or "generic;avx2;avx512"))
+    if "generic" not in asked or not asked <= set(LEVELS):
+        sys.exit(
+            f"TVKERNELS_LEVELS={';'.join(sorted(asked))}: use generic, and {', '.join(LEVELS)}"
+        )
+    intel = platform.machine().lower() in ("x86_64", "amd64")
+    return {x: LEVELS[x] for x in LEVELS if x in asked and (intel or x in ("wide", "generic"))}
+
+
 def gencode() -> list[str]:
     """nvcc's options for TVKERNELS_CUDA_ARCHS, written as torch writes its list."""
     found = []
@@ -124,12 +139,13 @@ def compile_lines(part: str) -> list[tuple[Path, str, list[str]]]:
             lines[0][2].extend(["-isystem", str(cuda_include)])
         command = [nvcc(), *NVCC_FLAGS, *gencode(), *with_torch]
         return lines + [(f, f.stem, command) for f in sorted(CSRC.glob("ops/*.cu"))]
+    each = " ".join(f"DO({level},__VA_ARGS__)" for level in levels())
+    cxx.append(f"-DTVK_EACH_LEVEL(DO,...)={each}")
     lines = [(CSRC / "bindings_cpu.cpp", "bindings", [*cxx, *with_torch])]
     for folder in ("cpu", "cpu/common"):
         files = sorted(CSRC.glob(f"{folder}/*.cpp"))
         lines += [(f, f.stem, [*cxx, *with_torch]) for f in files]
-    intel = platform.machine().lower() in ("x86_64", "amd64")
-    for level, flags in LEVELS.items() if intel else [("generic", [])]:
+    for level, flags in levels().items():
         command = [*cxx, *flags, f"-DTVK_LEVEL={level}", *include]  # without torch's headers
         files = sorted(CSRC.glob("cpu/kernels/*.cpp"))
         lines += [(f, f"{f.stem}.{level}", command) for f in files]
@@ -165,17 +181,30 @@ class Build(build_ext):
     def finalize_options(self):
         own = self.build_temp is None  # one folder for every way to build: objects are kept
         super().finalize_options()
+        self.linked = set()
         if own or self.editable_mode:
             self.build_temp = os.path.join("build", "native")
 
     def run(self):
-        # Where a compiler fails, the library of an older source must not stand in for it.
-        for folder in (self.build_lib, ROOT) if self.inplace else (self.build_lib,):
-            for library in (Path(folder) / "tvkernels").glob("_C_*.so"):
-                library.unlink()
-        super().run()
+        folders = (self.build_lib, ROOT) if self.inplace else (self.build_lib,)
+        try:
+            super().run()
+        finally:
+            # Where a compiler fails, or a part is left out, the library of an older source must
+            # not stand in for it. Until then it serves those who run.
+            for folder in folders:
+                for library in (Path(folder) / "tvkernels").glob("_C_*.so"):
+                    if library.stem not in self.linked:
+                        library.unlink()
         if self.inplace and self.extensions:
             self.write_commands()
+
+    def copy_file(self, source, target, **how):
+        """Whole or not at all: a process that has loaded the older one keeps it."""
+        part = Path(target).with_suffix(f".{os.getpid()}.tmp")
+        super().copy_file(source, str(part), **how)
+        part.replace(target)
+        return target, True
 
     def build_extension(self, ext):
         part = ext.name.rpartition("_")[2]
@@ -186,9 +215,11 @@ class Build(build_ext):
         jobs = int(os.environ.get("MAX_JOBS") or len(os.sched_getaffinity(0)))
         with ThreadPoolExecutor(jobs) as pool:
             objects = list(pool.map(lambda line: self.compile(folder, *line), compile_lines(part)))
-        line = link_line(part)
+        line, whole = link_line(part), library.with_suffix(f".{os.getpid()}.tmp")
         at = line.index("{objects}")
-        self.call([*line[:at], *map(str, objects), *line[at + 1 :], "-o", str(library)], library)
+        self.call([*line[:at], *map(str, objects), *line[at + 1 :], "-o", str(whole)], library)
+        whole.replace(library)
+        self.linked.add(library.stem)
 
     def compile(self, folder: Path, source: Path, name: str, command: list[str]) -> Path:
         """The object of one file; beside it `.log`, what the compiler said (registers, spills)."""

@@ -195,7 +195,7 @@ std::tuple<Tensor, Tensor, Tensor> frame_attention_backward(
         a.grad_lse_by = {lse.stride(0), lse.stride(1), lse.stride(2), lse.stride(3), 0};
     }
     a.longest = longest_row(a);
-    const int64_t vector = level() == Level::avx512 ? 16 : 8;
+    const int64_t vector = width(level());
     a.wide = (a.dim + vector - 1) / vector * vector;
     const int64_t heads = a.batch * a.heads;
     a.parts = std::min(a.frames_q, (a.TASKS + heads - 1) / heads);

@@ -2,13 +2,18 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
 #include <stdexcept>
 #include <string>
 
 namespace tvk {
 namespace {
 
+#define TVK_ITEM(level, ...) Level::level,
+constexpr Level HELD[] = {TVK_EACH_LEVEL(TVK_ITEM)};  // by this library
+
 Level best_of_this_cpu() {
+    Level most = Level::generic;
 #if TVK_X86
     __builtin_cpu_init();
     // Every CPU with AVX2 converts half precision, for which older compilers know no name here.
@@ -16,10 +21,13 @@ Level best_of_this_cpu() {
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                         __builtin_cpu_supports("avx512vl");
-    return avx512 ? Level::avx512 : avx2 ? Level::avx2 : Level::generic;
-#else
-    return Level::generic;
+    most = avx512 ? Level::avx512 : avx2 ? Level::avx2 : Level::generic;
 #endif
+    Level best = HELD[0];
+    for (Level level : HELD) {
+        best = level <= most ? level : best;
+    }
+    return best;
 }
 
 Level chosen() {
@@ -28,13 +36,15 @@ Level chosen() {
     if (asked == nullptr || *asked == '\0') {
         return best;
     }
-    for (Level level : {Level::generic, Level::avx2, Level::avx512}) {
+    std::string names;
+    for (Level level : HELD) {
         if (std::strcmp(asked, name(level)) == 0) {
             return level < best ? level : best;
         }
+        names += (names.empty() ? "" : level == *std::rbegin(HELD) ? " or " : ", ");
+        names += name(level);
     }
-    throw std::runtime_error("TVKERNELS_CPU_LEVEL=" + std::string(asked) +
-                             ": use generic, avx2 or avx512");
+    throw std::runtime_error("TVKERNELS_CPU_LEVEL=" + std::string(asked) + ": use " + names);
 }
 
 }  // namespace
@@ -45,7 +55,8 @@ Level level() {
 }
 
 const char* name(Level level) {
-    return level == Level::avx512 ? "avx512" : level == Level::avx2 ? "avx2" : "generic";
+    constexpr const char* names[] = {"wide", "generic", "avx2", "avx512"};
+    return names[static_cast<int>(level)];
 }
 
 }  // namespace tvk

@@ -4,29 +4,48 @@
 #pragma once
 
 #include <cstdint>
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
 
 #include "cpu/common/dtype.h"
 #include "cpu/common/level.h"
 
-#if TVK_X86
-#include <immintrin.h>
-#endif
-
 #ifndef TVK_LEVEL
 #error "vec.h is for cpu/kernels, which are compiled with -DTVK_LEVEL=..."
+#endif
+
+#define TVK_JOIN(a, b) a##b
+#define TVK_JOINED(a, b) TVK_JOIN(a, b)
+#define TVK_WIDTH TVK_JOINED(TVK_WIDTH_, TVK_LEVEL)
+
+// Intrinsics that take a whole vector, where the level's is one of theirs.
+#if TVK_X86
+#include <immintrin.h>
+#if TVK_WIDTH == 16 && defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#define TVK_AVX512
+#elif TVK_WIDTH == 8 && defined(__AVX2__) && defined(__F16C__)
+#define TVK_AVX2
+#endif
+#endif
+
+// A builder with TVK_CHECKED, or any with the address sanitizer, looks whether a count of numbers
+// is one that a vector has: a masked load beyond its buffer can go unseen by the sanitizer, which
+// knows no masks of intrinsics.
+#if defined(TVK_CHECKED) || defined(__SANITIZE_ADDRESS__)
+#define TVK_CHECK(holds, n)                                                                 \
+    ((holds) ? void()                                                                       \
+             : (std::fprintf(stderr, "%s:%d: %d numbers of a vector of %d: %s\n", __FILE__, \
+                             __LINE__, n, W, #holds),                                       \
+                std::abort()))
+#else
+#define TVK_CHECK(holds, n) void()
 #endif
 
 namespace tvk::TVK_LEVEL {
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int W = 16;
-#elif defined(__AVX2__)
-constexpr int W = 8;
-#else
-constexpr int W = 4;
-#endif
+constexpr int W = TVK_WIDTH;
 
 typedef float f32v __attribute__((vector_size(4 * W)));
 typedef int32_t i32v __attribute__((vector_size(4 * W)));
@@ -100,10 +119,10 @@ inline f32v load(const bf16* p) {
     return as<f32v>(__builtin_convertvector(read<u16v>(p), u32v) << 16);
 }
 inline f32v load(const f16* p) {
-#if defined(__AVX512F__)
+#if defined(TVK_AVX512)
     // The maskz forms: g++ 12 calls the plain ones' undefined source uninitialised.
     return as<f32v>(_mm512_maskz_cvtph_ps(0xffff, read<__m256i>(p)));
-#elif defined(__F16C__)
+#elif defined(TVK_AVX2)
     return as<f32v>(_mm256_cvtph_ps(read<__m128i>(p)));
 #else
     f32v x;
@@ -123,10 +142,10 @@ inline void store(f32v x, bf16* p) {
     std::memcpy(p, &half, sizeof(half));
 }
 inline void store(f32v x, f16* p) {
-#if defined(__AVX512F__)
+#if defined(TVK_AVX512)
     const __m256i half = _mm512_maskz_cvtps_ph(0xffff, as<__m512>(x), _MM_FROUND_TO_NEAREST_INT);
     std::memcpy(p, &half, sizeof(half));
-#elif defined(__F16C__)
+#elif defined(TVK_AVX2)
     const __m128i half = _mm256_cvtps_ph(as<__m256>(x), _MM_FROUND_TO_NEAREST_INT);
     std::memcpy(p, &half, sizeof(half));
 #else
@@ -136,17 +155,20 @@ inline void store(f32v x, f16* p) {
 #endif
 }
 
-#if defined(__AVX2__) && !defined(__AVX512F__)
 // All bits of the first n lanes.
-inline __m256i first_lanes(int n) {
-    return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+inline i32v first_lanes(int n) {
+    i32v lane = {};
+    for (int i = 0; i < W; ++i) {
+        lane[i] = i;
+    }
+    return lane < n;
 }
-#endif
 
-// The first n < W numbers; the others are zero.
+// The first n numbers, 0 <= n <= W; the others are zero, and their memory is not touched.
 template <typename T>
 inline f32v load(const T* p, int n) {
-#if defined(__AVX512F__)
+    TVK_CHECK(0 <= n && n <= W, n);
+#if defined(TVK_AVX512)
     const __mmask16 mask = static_cast<__mmask16>((1u << n) - 1);
     if constexpr (sizeof(T) == 4) {
         return as<f32v>(_mm512_maskz_loadu_ps(mask, p));
@@ -157,9 +179,9 @@ inline f32v load(const T* p, int n) {
         return load(whole);
     }
 #else
-#if defined(__AVX2__)
+#if defined(TVK_AVX2)
     if constexpr (sizeof(T) == 4) {
-        return as<f32v>(_mm256_maskload_ps(p, first_lanes(n)));
+        return as<f32v>(_mm256_maskload_ps(p, as<__m256i>(first_lanes(n))));
     }
 #endif
     T whole[W] = {};
@@ -172,7 +194,8 @@ inline f32v load(const T* p, int n) {
 
 template <typename T>
 inline void store(f32v x, T* p, int n) {
-#if defined(__AVX512F__)
+    TVK_CHECK(0 <= n && n <= W, n);
+#if defined(TVK_AVX512)
     const __mmask16 mask = static_cast<__mmask16>((1u << n) - 1);
     if constexpr (sizeof(T) == 4) {
         _mm512_mask_storeu_ps(p, mask, as<__m512>(x));
@@ -182,9 +205,9 @@ inline void store(f32v x, T* p, int n) {
         _mm256_mask_storeu_epi16(p, mask, read<__m256i>(whole));
     }
 #else
-#if defined(__AVX2__)
+#if defined(TVK_AVX2)
     if constexpr (sizeof(T) == 4) {
-        _mm256_maskstore_ps(p, first_lanes(n), as<__m256>(x));
+        _mm256_maskstore_ps(p, as<__m256i>(first_lanes(n)), as<__m256>(x));
         return;
     }
 #endif
@@ -194,6 +217,40 @@ inline void store(f32v x, T* p, int n) {
         p[i] = whole[i];
     }
 #endif
+}
+
+// All numbers of a vector, as a count that the compiler knows.
+struct Whole {
+    constexpr operator int() const { return W; }
+};
+
+template <typename T>
+inline f32v load(const T* p, Whole) {
+    return load(p);
+}
+template <typename T>
+inline void store(f32v x, T* p, Whole) {
+    store(x, p);
+}
+
+// x with zeros after the first n numbers.
+inline f32v first(f32v x, int n) {
+    TVK_CHECK(0 <= n && n <= W, n);
+    return first_lanes(n) ? x : f32v{};
+}
+inline f32v first(f32v x, Whole) { return x; }
+
+// Calls run(i, n) for the vectors that hold numbers 0 to count: n is Whole, or the int below W
+// that the last one holds. The only place that says where a vector ends.
+template <typename F>
+inline void each_vector(int64_t count, F run) {
+    int64_t i = 0;
+    for (; i + W <= count; i += W) {
+        run(i, Whole());
+    }
+    if (i < count) {
+        run(i, static_cast<int>(count - i));
+    }
 }
 
 // Sums and maxima across a vector, in a fixed order.

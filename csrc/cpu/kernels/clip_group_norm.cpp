@@ -117,14 +117,8 @@ void finish(const T* from, int64_t n, float mean, float scale, float bias, T* to
         const f32v y = (x - mean) * scale + bias;
         return SILU ? y / (exp(-y) + 1.0f) : y;
     };
-    int64_t i = 0;
-    for (; i + W <= n; i += W) {
-        store(value(load(from + i)), to + i);
-    }
-    if (i < n) {
-        const int rest = static_cast<int>(n - i);
-        store(value(load(from + i, rest)), to + i, rest);
-    }
+    each_vector(n,
+                [&](int64_t i, auto some) { store(value(load(from + i, some)), to + i, some); });
 }
 
 template <typename T, bool SILU>
@@ -198,23 +192,20 @@ void sums(const ClipGroupNorm& a, int64_t begin, int64_t end, float* scratch) {
         const Channel<T, SILU> channel(a, statistic, task % a.groups * a.group_channels() + c);
         f32v totals[4] = {f32v{}, f32v{}, f32v{}, f32v{}},
              products[4] = {f32v{}, f32v{}, f32v{}, f32v{}};
-        const auto add = [&](f32v value, f32v outer, int64_t i) {
-            const f32v normal = channel.normalised(value);
-            outer = channel.outer(normal, outer);
-            totals[i / W % 4] += outer;
-            products[i / W % 4] += outer * normal;
+        const auto add = [&](int64_t i, int u, auto some) {
+            // Zeros beyond the last number add nothing, where the mean's opposite can overflow.
+            const f32v normal = first(channel.normalised(load(x + i, some)), some);
+            const f32v outer = channel.outer(normal, load(grad + i, some));
+            totals[u] += outer;
+            products[u] += outer * normal;
         };
         int64_t i = 0;
         for (; i + 4 * W <= n; i += 4 * W) {
             for (int u = 0; u < 4; ++u) {
-                add(load(x + i + u * W), load(grad + i + u * W), u * W);
+                add(i + u * W, u, Whole());
             }
         }
-        for (; i < n; i += W) {
-            const int rest = n - i < W ? static_cast<int>(n - i) : W;
-            rest < W ? add(load(x + i, rest), load(grad + i, rest), 0)  // zeros add nothing
-                     : add(load(x + i), load(grad + i), 0);
-        }
+        each_vector(n - i, [&](int64_t rest, auto some) { add(i + rest, 0, some); });
         double* found = a.sums + 2 * (task * a.group_channels() + c);
         found[0] = (p ? found[0] : 0) + sum((totals[0] + totals[1]) + (totals[2] + totals[3]));
         found[1] =
@@ -264,14 +255,9 @@ void differentiate(const ClipGroupNorm& a, int64_t begin, int64_t end, float* sc
             return (outer - constant - normal * slope) * channel.rstd;
         };
         T* to = static_cast<T*>(a.out) + (task * a.group_channels() + c) * a.plane() + p;
-        int64_t i = 0;
-        for (; i + W <= n; i += W) {
-            store(found(load(x + i), load(grad + i)), to + i);
-        }
-        if (i < n) {
-            const int rest = static_cast<int>(n - i);
-            store(found(load(x + i, rest), load(grad + i, rest)), to + i, rest);
-        }
+        each_vector(n, [&](int64_t i, auto some) {
+            store(found(load(x + i, some), load(grad + i, some)), to + i, some);
+        });
     };
     each_block<T>(a, begin, end, scratch, visit);
 }

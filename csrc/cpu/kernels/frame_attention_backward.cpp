@@ -342,11 +342,7 @@ void collect(const FrameAttentionBackward& a, float* whole, int64_t begin, int64
                     factor / static_cast<float>(high * across));
             }
             T* to = static_cast<T*>(values ? a.dv : a.dk) + (task * a.heads + head) * a.dim;
-            for (int64_t d = 0; d < a.dim; d += W) {
-                const int64_t left = a.dim - d;
-                left < W ? store(load(whole + d), to + d, static_cast<int>(left))
-                         : store(load(whole + d), to + d);
-            }
+            each_vector(a.dim, [&](int64_t d, auto n) { store(load(whole + d), to + d, n); });
         }
     }
 }

@@ -42,34 +42,25 @@ struct Run {
     const T* background;
 };
 
-template <typename T, bool GUIDED, bool MASKED, typename Load, typename Store>
-inline void step(const GuidedStep& a, const Run<T>& r, int64_t i, Load load, Store store) {
-    f32v eps = load(r.noise + i);
+// Numbers i to i + n.
+template <typename T, bool GUIDED, bool MASKED, typename N>
+inline void step(const GuidedStep& a, const Run<T>& r, int64_t i, N n) {
+    f32v eps = load(r.noise + i, n);
     if constexpr (GUIDED) {
-        eps = (load(r.conditional + i) - eps) * a.guidance + eps;
+        eps = (load(r.conditional + i, n) - eps) * a.guidance + eps;
     }
-    f32v x = load(r.sample + i) * a.keep + eps * a.add;
+    f32v x = load(r.sample + i, n) * a.keep + eps * a.add;
     if constexpr (MASKED) {
         // From the nearer end: the background bit for bit where the mask is 0, x where it is 1.
-        const f32v m = load(r.mask + i), b = load(r.background + i), d = x - b;
+        const f32v m = load(r.mask + i, n), b = load(r.background + i, n), d = x - b;
         x = m < 0.5f ? b + d * m : x - d * (1.0f - m);
     }
-    store(x, r.out + i);
+    store(x, r.out + i, n);
 }
 
 template <typename T, bool GUIDED, bool MASKED>
 void run(const GuidedStep& a, const Run<T>& r, int64_t n) {
-    int64_t i = 0;
-    for (; i + W <= n; i += W) {
-        step<T, GUIDED, MASKED>(
-            a, r, i, [](auto* p) { return load(p); }, [](f32v x, T* p) { store(x, p); });
-    }
-    const int rest = static_cast<int>(n - i);
-    if (rest > 0) {
-        step<T, GUIDED, MASKED>(
-            a, r, i, [=](auto* p) { return load(p, rest); },
-            [=](f32v x, T* p) { store(x, p, rest); });
-    }
+    each_vector(n, [&](int64_t i, auto some) { step<T, GUIDED, MASKED>(a, r, i, some); });
 }
 
 template <typename T>

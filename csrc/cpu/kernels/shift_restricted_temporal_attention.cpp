@@ -7,47 +7,17 @@
 namespace tvk::TVK_LEVEL {
 namespace {
 
-// W numbers `by` apart.
-template <typename T>
-f32v gather(const T* p, int64_t by) {
-    float found[W];
-    for (int i = 0; i < W; ++i) {
-        found[i] = widen(p[i * by]);
+// n numbers `by` apart.
+template <typename T, typename N>
+f32v at(const T* p, int64_t by, N n) {
+    if (by == 1) {
+        return load(p, n);
+    }
+    T found[W] = {};
+    for (int i = 0; i < n; ++i) {
+        found[i] = p[i * by];
     }
     return load(found);
-}
-
-// Calls run(first channel, how many) for vectors of channels.
-template <typename F>
-void each_vector(int64_t channels, F run) {
-    int64_t c = 0;
-    for (; c + W <= channels; c += W) {
-        run(c, W);
-    }
-    if (c < channels) {
-        run(c, static_cast<int>(channels - c));
-    }
-}
-
-template <typename T>
-f32v at(const T* p, int64_t by, int n) {
-    if (n == W) {
-        return by == 1 ? load(p) : gather(p, by);
-    }
-    f32v found = {};
-    for (int i = 0; i < n; ++i) {
-        found[i] = widen(p[i * by]);
-    }
-    return found;
-}
-
-template <typename T>
-void put(f32v x, T* p, int n) {
-    if (n == W) {
-        store(x, p);
-    } else {
-        store(x, p, n);
-    }
 }
 
 template <typename T>
@@ -57,7 +27,7 @@ void center(const Stam& a, int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n) {
         const T* z = static_cast<const T*>(a.z) + n * a.z_n;
         T* rows = static_cast<T*>(a.rows) + n * a.channels;
-        each_vector(a.channels, [&](int64_t c, int many) {
+        each_vector(a.channels, [&](int64_t c, auto many) {
             const T* p = z + c * a.z_c;
             f32v sum = {};
             for (int64_t f = 0; f < a.frames; ++f) {
@@ -65,7 +35,7 @@ void center(const Stam& a, int64_t begin, int64_t end) {
             }
             const f32v mean = sum / frames;
             for (int64_t f = 0; f < a.frames; ++f) {
-                put(at(p + f * a.z_f, a.z_c, many) - mean, rows + f * frame + c, many);
+                store(at(p + f * a.z_f, a.z_c, many) - mean, rows + f * frame + c, many);
             }
         });
     }
@@ -79,10 +49,10 @@ void add(const Stam& a, int64_t begin, int64_t end) {
             const T* z = static_cast<const T*>(a.z) + f * a.z_f + n * a.z_n;
             const T* row = static_cast<const T*>(a.rows) + (f * a.tokens + n) * a.channels;
             T* out = static_cast<T*>(a.out) + f * a.out_f + n * a.channels;
-            each_vector(a.channels, [&](int64_t c, int many) {
-                f32v x = at(row + c, 1, many);
-                x = bias != nullptr ? x + at(bias + c, 1, many) : x;
-                put(at(z + c * a.z_c, a.z_c, many) + x, out + c, many);
+            each_vector(a.channels, [&](int64_t c, auto many) {
+                f32v x = load(row + c, many);
+                x = bias != nullptr ? x + load(bias + c, many) : x;
+                store(at(z + c * a.z_c, a.z_c, many) + x, out + c, many);
             });
         }
     }

@@ -34,13 +34,7 @@ Rows stage(const TemporalAttention& a, const TemporalAttention::View& x, const T
                 }
                 continue;
             }
-            int64_t d = 0;
-            for (; d + W <= length; d += W) {
-                store(load(p + d), put + d);
-            }
-            if (d < length) {
-                store(load(p + d, static_cast<int>(length - d)), put + d);
-            }
+            each_vector(length, [&](int64_t d, auto n) { store(load(p + d, n), put + d); });
         }
     }
     return {to, row};

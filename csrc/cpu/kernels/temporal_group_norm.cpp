@@ -25,8 +25,8 @@ struct Task {
         first = task % a.blocks() * BLOCK, count = left < BLOCK ? left : BLOCK;
     }
 
-    // Numbers of vector v that lie in the plane.
-    int inside(int64_t v) const { return static_cast<int>(count - v * W < W ? count - v * W : W); }
+    // Vectors that hold some of them.
+    int64_t vectors() const { return (count + W - 1) / W; }
 };
 
 // The clip's numbers of a task, [frames, group_channels, BLOCK] in float.
@@ -39,10 +39,11 @@ void gather(const TemporalGroupNorm& a, const Clip& clip, const Task& task, floa
         for (int64_t c = 0; c < a.group_channels(); ++c, to += BLOCK) {
             const T* plane = start + f * clip.frame + c * clip.channel;
             if (dense) {
-                for (int64_t v = 0; v < VECTORS; ++v) {
-                    const T* from = plane + task.first + v * W;
-                    const int n = task.inside(v);
-                    store(n < W ? load(from, n) : load(from), to + v * W);
+                const T* from = plane + task.first;
+                each_vector(task.count,
+                            [&](int64_t i, auto n) { store(load(from + i, n), to + i); });
+                for (int64_t i = task.vectors() * W; i < BLOCK; i += W) {
+                    store(f32v{}, to + i);
                 }
                 continue;
             }
@@ -84,7 +85,7 @@ f32v rsqrt(f32v x) {
 }
 
 // Takes the mean from x and divides it by the spread, in place; returns 1 / spread.
-Positions normalise(const TemporalGroupNorm& a, float* x) {
+Positions normalise(const TemporalGroupNorm& a, const Task& task, float* x) {
     const float count = static_cast<float>(a.frames * a.group_channels());
     const int64_t rows = a.frames * a.group_channels();
     Positions mean = sum_over(a, [&](int64_t at, int64_t) { return load(x + at); });
@@ -96,10 +97,10 @@ Positions normalise(const TemporalGroupNorm& a, float* x) {
         store(centred, x + at);
         return centred * centred;
     });
-    Positions rstd;
-    for (int64_t v = 0; v < VECTORS; ++v) {
-        rstd.of[v] = rsqrt(squares.of[v] / count + a.eps);
-    }
+    Positions rstd;  // zero beyond the plane, where 1 / 0 would make NaN of what is summed there
+    each_vector(task.count, [&](int64_t i, auto n) {
+        rstd.of[i / W] = first(rsqrt(squares.of[i / W] / count + a.eps), n);
+    });
     for (int64_t row = 0; row < rows; ++row) {
         for (int64_t v = 0; v < VECTORS; ++v) {
             float* at = x + row * BLOCK + v * W;
@@ -117,11 +118,9 @@ void write(const TemporalGroupNorm& a, const Task& task, Value value) {
             const int64_t channel = task.group * a.group_channels() + c;
             T* to = static_cast<T*>(a.out) + task.first +
                     ((task.batch * a.frames + f) * a.channels + channel) * a.plane();
-            for (int64_t v = 0; v < VECTORS; ++v) {
-                const f32v result = value(f * a.group_channels() + c, channel, v);
-                const int n = task.inside(v);
-                n < W ? store(result, to + v * W, n) : store(result, to + v * W);
-            }
+            each_vector(task.count, [&](int64_t i, auto n) {
+                store(value(f * a.group_channels() + c, channel, i / W), to + i, n);
+            });
         }
     }
 }
@@ -132,7 +131,7 @@ void forward(const TemporalGroupNorm& a, int64_t begin, int64_t end, float* x) {
     for (int64_t i = begin; i < end; ++i) {
         const Task task(a, i);
         gather<T>(a, a.x, task, x);
-        normalise(a, x);
+        normalise(a, task, x);
         write<T>(a, task, [&](int64_t row, int64_t channel, int64_t v) {
             const f32v y =
                 load(x + row * BLOCK + v * W) * widen(weight[channel]) + widen(bias[channel]);
@@ -151,7 +150,7 @@ void differentiate(const TemporalGroupNorm& a, int64_t begin, int64_t end, float
         const Task task(a, i);
         gather<T>(a, a.x, task, x);
         gather<T>(a, a.grad, task, inner);
-        const Positions rstd = normalise(a, x);
+        const Positions rstd = normalise(a, task, x);
         for (int64_t c = 0; c < inside; ++c) {
             const float scale = widen(weight[task.group * inside + c]);
             const float shift = widen(bias[task.group * inside + c]);
