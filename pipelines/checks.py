@@ -14,7 +14,7 @@ from tvkernels.pipelines.files import ModelError, check_embedding, check_lora, s
 
 __all__ = [
     "ModelError", "check_embedding", "check_lora", "check_model", "check_unet", "check_vae",
-    "latent_side", "model_size", "single_file_config", "vae_factor",
+    "configuration", "latent_side", "model_size", "single_file_config", "vae_factor",
 ]  # fmt: skip
 # Whose models come in one file: the embedded model's and Stable Diffusion 1.x, whose
 # configurations and tokenizer lie beside this file.
@@ -177,13 +177,29 @@ def model_size(model: str | Path) -> tuple[int, int]:
     Raises:
         ModelError: no such model, or not one of the SD-1.x family.
     """
+    unet, vae = (configuration(model, part) for part in ("unet", "vae"))
+    check_unet(unet)
+    return latent_side(unet) * vae_factor(vae), vae_factor(vae)
+
+
+def configuration(model: str | Path, part: str) -> dict:
+    """What a model's folder or file, or a hub, says of a part of the model.
+
+    Args:
+        model: as for `check_model`; of a hub name the configuration alone is fetched.
+        part: "unet", "vae", "text_encoder" or "scheduler".
+    Raises:
+        ModelError: no such model, or not one of the SD-1.x family.
+    """
     folder = _configuration(model)
     if folder is None:
-        unet, vae = _fetch(str(model))
-        check_unet(unet)
-    else:
-        unet, vae = (_read(folder / part / "config.json") for part in ("unet", "vae"))
-    return latent_side(unet) * vae_factor(vae), vae_factor(vae)
+        return _fetch(str(model), part)
+    return _read(folder / part / f"{'scheduler_' * (part == 'scheduler')}config.json")
+
+
+def tokenizer_place(model: str | Path) -> str:
+    """The folder or hub name that has a model's tokenizer, in its `tokenizer`."""
+    return str(_configuration(model) or model)
 
 
 def single_file_config(path: str | Path) -> Path:
@@ -201,9 +217,9 @@ def single_file_config(path: str | Path) -> Path:
 
 def _read(config: Path) -> dict:
     if not config.is_file():
-        part = config.parent.name
         raise ModelError(
-            f"{config.parent.parent} has no {part}/config.json: give a Stable Diffusion 1.x model"
+            f"{config.parent.parent} has no {config.parent.name}/{config.name}: "
+            "give a Stable Diffusion 1.x model"
         )
     try:
         return json.loads(config.read_text(encoding="utf-8"))
@@ -211,16 +227,15 @@ def _read(config: Path) -> dict:
         raise ModelError(f"{config} cannot be read: {error}") from None
 
 
-def _fetch(name: str) -> tuple[dict, dict]:
-    from diffusers import AutoencoderKL, UNet2DConditionModel
+def _fetch(name: str, part: str) -> dict:
+    from diffusers import DDIMScheduler, UNet2DConditionModel
 
     try:
         with warnings.catch_warnings():
             # diffusers 0.42 passes huggingface_hub an argument that this one calls deprecated.
             warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")
-            unet = UNet2DConditionModel.load_config(name, subfolder="unet")
-            vae = AutoencoderKL.load_config(name, subfolder="vae")
+            kind = DDIMScheduler if part == "scheduler" else UNet2DConditionModel
+            return dict(kind.load_config(name, subfolder=part))
     except OSError as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(f"cannot load the model {name}: {reason}") from error
-    return dict(unet), dict(vae)
