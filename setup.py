@@ -61,7 +61,7 @@ def torch_folder() -> Path | None:
 
 
 def torch_has_cuda() -> bool:
-    text = (torch_folder() / "version.py").read_text()
+    text = (torch_folder() / "version.py").read_text(encoding="utf-8")
     return re.search(r"^cuda\b.*= *['\"]", text, re.MULTILINE) is not None
 
 
@@ -167,7 +167,9 @@ def current(target: Path, depends: Path) -> bool:
     """Whether an object is newer than every file that the compiler read for it."""
     if not target.exists() or not depends.exists():
         return False
-    files = shlex.split(depends.read_text().replace("\\\n", " ").partition(": ")[2])
+    files = shlex.split(
+        depends.read_text(encoding="utf-8").replace("\\\n", " ").partition(": ")[2]
+    )
     return all(os.path.exists(f) and os.path.getmtime(f) <= target.stat().st_mtime for f in files)
 
 
@@ -229,7 +231,7 @@ class Build(build_ext):
         if not current(target, depends):
             given = ["-MMD", "-MF", str(depends), "-c", str(source), "-o", str(part)]
             said = self.call([*command, *given], source)
-            target.with_suffix(".log").write_text(said)
+            target.with_suffix(".log").write_text(said, encoding="utf-8")
             part.replace(target)  # whole or not at all
         return target
 
@@ -246,7 +248,9 @@ class Build(build_ext):
             for source, _, command in compile_lines(ext.name.rpartition("_")[2]):
                 entry = {"directory": str(ROOT.resolve()), "file": str(source)}
                 entries.append({**entry, "arguments": [*command, "-c", str(source)]})
-        (ROOT / "compile_commands.json").write_text(json.dumps(entries, indent=1) + "\n")
+        (ROOT / "compile_commands.json").write_text(
+            json.dumps(entries, indent=1) + "\n", encoding="utf-8"
+        )
 
 
 class Wheel(bdist_wheel):

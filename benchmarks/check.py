@@ -169,7 +169,7 @@ def stored(device: str) -> Found:
     """The last ratios that were kept of every case on this device."""
     if not RESULTS.is_file():
         return {}
-    rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
+    rows = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
     return {
         (row["op"], row["case"]): (row["ratios"], row["bytes"])
         for row in rows
@@ -179,7 +179,7 @@ def stored(device: str) -> Found:
 
 def store(found: Found, facts: dict) -> None:
     """Appends a row for each case."""
-    with RESULTS.open("a") as file:
+    with RESULTS.open("a", encoding="utf-8") as file:
         for (op, case), (ratios, held) in found.items():
             row = {"op": op, "case": case, "ratios": ratios, "bytes": held}
             file.write(json.dumps(row | facts) + "\n")

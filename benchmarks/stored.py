@@ -96,7 +96,7 @@ def append(path: Path, row: dict) -> None:
     """One row more; raises as `kept`."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a") as file:
+        with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
     except OSError as error:
         raise VideoError(f"cannot write {path}: {error.strerror}") from error
@@ -131,10 +131,10 @@ def _read(folder: Path, name: str) -> list[dict]:
     if not path.is_file():
         return []
     if name == "demo":
-        rows = _demo(json.loads(path.read_text()))
+        rows = _demo(json.loads(path.read_text(encoding="utf-8")))
     else:
         rows = []
-        for number, line in enumerate(path.read_text().splitlines(), 1):
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             try:
                 rows.append(dict(json.loads(line)))
             except (ValueError, TypeError):

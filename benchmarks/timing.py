@@ -122,7 +122,7 @@ def quiet() -> Iterator[None]:
     it is read when torch is imported.
     """
     kept = os.dup(2)
-    with open(os.devnull, "w") as nowhere:
+    with open(os.devnull, "w", encoding="utf-8") as nowhere:
         os.dup2(nowhere.fileno(), 2)
     try:
         yield

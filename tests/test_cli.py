@@ -77,7 +77,7 @@ def edit(tvk, place, tmp_path):
 
 
 def record(path: Path) -> dict:
-    return json.loads(path.read_text())
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def one_line(text: str) -> str:
@@ -216,7 +216,8 @@ def test_the_embedded_model_brings_its_own_numbers_and_says_so(edit, tmp_path):
 
 def test_a_tune_a_video_file_makes_a_clip_for_each_prompt(tvk, place, tmp_path):
     config = tmp_path / "tav.yaml"
-    config.write_text(f"""
+    config.write_text(
+        f"""
 pretrained_model_path: {place / "model"}
 output_dir: {tmp_path / "out"}
 train_data: {{video_path: {place / "clip.mp4"}, prompt: a red circle, n_sample_frames: 4,
@@ -226,7 +227,9 @@ validation_data: {{prompts: [A blue star!, a ring], video_length: 4, num_inferen
 learning_rate: 3e-5
 max_train_steps: 1
 mixed_precision: fp16
-""")
+""",
+        encoding="utf-8",
+    )
     status, shown, _ = tvk("edit", "--config", config, "--no-cache", "--seed", "7")
     assert status == 0
     assert "mixed_precision has no effect" in shown
@@ -304,18 +307,20 @@ UNETS = {
 @pytest.fixture
 def wrong(place, tmp_path):
     """The things that `BAD` names."""
-    (tmp_path / "text.mp4").write_text("not a video")
+    (tmp_path / "text.mp4").write_text("not a video", encoding="utf-8")
     (tmp_path / "empty.mp4").touch()
     write_video(tmp_path / "fast.mp4", np.zeros((2, 16, 16, 3), np.uint8), 60)
-    (tmp_path / "notes.txt").write_text("words")
-    (tmp_path / "bad.yaml").write_text("a: [1, 2")
-    (tmp_path / "typo.yaml").write_text("methd: ei2")
+    (tmp_path / "notes.txt").write_text("words", encoding="utf-8")
+    (tmp_path / "bad.yaml").write_text("a: [1, 2", encoding="utf-8")
+    (tmp_path / "typo.yaml").write_text("methd: ei2", encoding="utf-8")
     (tmp_path / "noindex").mkdir()
     for name, config in UNETS.items():
         (tmp_path / name / "unet").mkdir(parents=True)
-        (tmp_path / name / "model_index.json").write_text("{}")
+        (tmp_path / name / "model_index.json").write_text("{}", encoding="utf-8")
         if config is not None:
-            (tmp_path / name / "unet" / "config.json").write_text(json.dumps(config))
+            (tmp_path / name / "unet" / "config.json").write_text(
+                json.dumps(config), encoding="utf-8"
+            )
     names = shutil.ignore_patterns("*.safetensors")
     shutil.copytree(place / "model", tmp_path / "broken", ignore=names)
     (tmp_path / "broken" / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"oops")
@@ -517,7 +522,7 @@ def test_nothing_that_was_given_is_written_over(edit, place, tmp_path):
         status, _, complaints = edit(clip=tmp_path / given, out=out)
         assert status == 2 and "it is the source clip" in one_line(complaints)
     assert (tmp_path / "source.mp4").read_bytes() == clip.read_bytes()
-    (tmp_path / "mine.json").write_text('{"mine": 1}')
+    (tmp_path / "mine.json").write_text('{"mine": 1}', encoding="utf-8")
     status, _, complaints = edit(out="mine.mp4")
     assert status == 2 and "a file that is none is there" in one_line(complaints)
-    assert (tmp_path / "mine.json").read_text() == '{"mine": 1}'
+    assert (tmp_path / "mine.json").read_text(encoding="utf-8") == '{"mine": 1}'

@@ -59,7 +59,7 @@ enable_xformers_memory_efficient_attention: True
 def read(tmp_path):
     def read(text: str):
         path = tmp_path / "edit.yaml"
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")
         return read_config(path)
 
     return read

@@ -163,7 +163,11 @@ def counted():
 
 
 def test_the_docs_table_of_saved_work_is_what_is_counted(counted):
-    lines = (Path(__file__).parents[1] / "docs" / "constants.md").read_text().splitlines()
+    lines = (
+        (Path(__file__).parents[1] / "docs" / "constants.md")
+        .read_text(encoding="utf-8")
+        .splitlines()
+    )
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if "| " in line]
     table = {row[0]: tuple(row[1:3]) for row in rows[1:] if len(row) >= 3}
     told = {what: tuple(f"{n / 1e9:,.1f}" for n in pair) for what, pair in counted.items()}
@@ -177,5 +181,5 @@ def test_the_docs_count_a_controlnets_condition():
         net, picture = ControlNetModel(), torch.empty(1, 3, 512, 512)
     with torch.no_grad(), FlopCounterMode(display=False) as counted:
         net.controlnet_cond_embedding(picture)
-    text = (Path(__file__).parents[1] / "docs" / "constants.md").read_text()
+    text = (Path(__file__).parents[1] / "docs" / "constants.md").read_text(encoding="utf-8")
     assert f"{counted.get_total_flops() / 1e9:.1f} GFLOP at 512 x 512" in text

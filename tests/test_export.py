@@ -74,7 +74,12 @@ def test_the_file_is_standard_and_laid_out_as_optimum_does(path, recipe):
     # One each, whatever the frames.
     assert kinds.count("Attention" if opset >= 23 else "Softmax") == ATTENTIONS[recipe]
     assert not {"Gather", "GatherND", "ScatterND", "Loop", "If"} & set(kinds)
-    assert json.loads((path(recipe).parent / "config.json").read_text())["in_channels"] == 4
+    assert (
+        json.loads((path(recipe).parent / "config.json").read_text(encoding="utf-8"))[
+            "in_channels"
+        ]
+        == 4
+    )
     kept = {entry.key: entry.value for entry in model.metadata_props}
     assert json.loads(kept["tvkernels.recipe"])["name"] == recipe
     assert {"tvkernels", "torch"} <= json.loads(kept["tvkernels.versions"]).keys()
@@ -153,9 +158,9 @@ def test_calls_that_do_not_fit_say_what_would(path):
 
 
 def spoil(file, change):
-    content = json.loads(file.read_text())
+    content = json.loads(file.read_text(encoding="utf-8"))
     change(content)
-    file.write_text(json.dumps(content))
+    file.write_text(json.dumps(content), encoding="utf-8")
 
 
 def test_a_damaged_export_is_one_clear_line(copied):
@@ -173,7 +178,7 @@ def test_a_damaged_export_is_one_clear_line(copied):
     spoil(about, lambda content: content.update(format=files.FORMAT, kind="tensorrt"))
     with pytest.raises(ArtifactError, match="describes tensorrt, not onnx"):
         runtime.load(copied)
-    about.write_text("{")
+    about.write_text("{", encoding="utf-8")
     with pytest.raises(ArtifactError, match="cannot be read"):
         runtime.load(copied)
     about.unlink()
@@ -215,7 +220,7 @@ BAD = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_is_one_clear_line_and_leaves_nothing(name, tmp_path, capsys):
-    (tmp_path / "file").write_text("x")
+    (tmp_path / "file").write_text("x", encoding="utf-8")
     (tmp_path / "used" / "unet").mkdir(parents=True)
     (tmp_path / "used" / "unet" / "x").touch()
     before = sorted(tmp_path.rglob("*"))

@@ -136,7 +136,7 @@ def imports_of(module: str, file: Path) -> list[Import]:
     """Every import statement in a file, those inside functions too, and import_module("...")."""
     found = []
     package = module if file.name == "__init__.py" else module.rpartition(".")[0]
-    for node in ast.walk(ast.parse(file.read_text(), str(file))):
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"), str(file))):
         targets, late = [], isinstance(node, ast.Call)
         if isinstance(node, ast.Import):
             targets = [name.name for name in node.names]
@@ -281,7 +281,7 @@ def test_no_file_is_long():
     files = [file for folder in folders for file in (ROOT / folder).rglob("*")]
     suffixes = {".py", ".cu", ".cuh", ".cpp", ".h"}
     lines = {
-        file.relative_to(ROOT): len(file.read_text().splitlines())
+        file.relative_to(ROOT): len(file.read_text(encoding="utf-8").splitlines())
         for file in [*files, ROOT / "setup.py"]
         if file.suffix in suffixes
     }

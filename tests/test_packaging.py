@@ -56,23 +56,23 @@ def test_a_python_that_is_not_here_is_said_and_a_broken_file_fails(monkeypatch, 
     monkeypatch.setattr(pythons, "ROOT", tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path))
     (tmp_path / f"python{HERE}").symlink_to(sys.executable)
-    (tmp_path / "setup.py").write_text("match 1:\n    case _: pass\n")
+    (tmp_path / "setup.py").write_text("match 1:\n    case _: pass\n", encoding="utf-8")
     monkeypatch.setattr(sys, "argv", ["pythons.py"])
     assert pythons.main() == 0
     said = capsys.readouterr().out.splitlines()
     assert said[0] == "Python 3.1: not run, no interpreter of it here"
     assert said[1].startswith(f"Python {HERE}: ok: 1 files compiled; import was not run")
-    (tmp_path / "setup.py").write_text("'\\d'\n")
+    (tmp_path / "setup.py").write_text("'\\d'\n", encoding="utf-8")
     assert pythons.main() == 1
     assert "FAILED" in capsys.readouterr().out
 
 
 def test_everything_that_make_installs_is_pinned():
-    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pins = [line for line in lines if line and not line.startswith("#")]
     assert all(line.count("==") == 1 for line in pins)
     pinned = {line.partition("==")[0].lower() for line in pins}
-    makefile = (ROOT / "Makefile").read_text()
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     installed = makefile.partition("EXTRAS ?= ")[2].partition("\n")[0].split(",")
     for extra in installed:
         assert {name(line).lower() for line in EXTRAS[extra]} <= pinned, extra

@@ -5,6 +5,9 @@ import sys
 
 def main() -> int:
     """The command, or one line that says which extra it needs."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # what the terminal's encoding lacks is shown as "?"
+            stream.reconfigure(errors="replace")
     try:
         from tvkernels.cli import main as tvk
     except ModuleNotFoundError as error:

@@ -397,7 +397,7 @@ def kernels(
     except ValueError as error:
         raise ConfigError(str(error)) from error
     if output is not None:
-        output.write_text(kernels.markdown(rows))
+        output.write_text(kernels.markdown(rows), encoding="utf-8")
     if as_json:
         print(json.dumps(rows, indent=1))
     else:

@@ -193,14 +193,14 @@ def phase_once(
     phases.phase_call(one, small, phase, 1, 1)()  # libraries and threads come first
     call = phases.phase_call(one, clip, phase, steps, tune_steps)
     with within_memory(clip.latents.device):
-        RESET.write_text("5")  # the record of the most begins anew
+        RESET.write_text("5", encoding="utf-8")  # the record of the most begins anew
         call()
     return _kilobytes(STATUS, "VmHWM")
 
 
 def _kilobytes(file: Path, key: str) -> int:
     """A value of /proc, in bytes."""
-    lines = file.read_text().splitlines()
+    lines = file.read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(key)) * 1024
 
 

@@ -26,7 +26,7 @@ def read(path: Path) -> list[dict]:
     if not path.is_file():
         raise ValueError(f"no results in {path}: `tvk bench ops -o {path}` makes them")
     newest: dict[tuple, dict] = {}
-    for number, text in enumerate(path.read_text().splitlines(), 1):
+    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
             row = json.loads(text)
             newest[tuple(row[name] for name in KEY)] = row
@@ -53,7 +53,7 @@ def write(
     rows = read(source)
     target = target or source.with_suffix(".md")
     written = [target]
-    target.write_text(markdown(rows))
+    target.write_text(markdown(rows), encoding="utf-8")
     try:
         pyplot = _pyplot()
     except ImportError:

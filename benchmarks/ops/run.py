@@ -116,7 +116,7 @@ def run(
     else:
         say(f"on a cpu: ratios mean something, times say little; {STAND_INS}")
     rows = []
-    with output.open("a") as file:
+    with output.open("a", encoding="utf-8") as file:
         for name, (spec, case) in list(itertools.product(names, chosen))[first:]:
             for row in measure_case(spec, case, DTYPES[name], providers, settings):
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -150,9 +150,9 @@ def write(op: str, kernel: str, facts: dict, config: Config, source: str) -> Pat
     path = Path(__file__).resolve().parents[2] / "tvkernels" / "ops" / op / "configs.json"
     entry = {"kernel": kernel} | {name: [value] for name, value in facts.items()}
     same = entry.items()
-    others = [e for e in json.loads(path.read_text()) if not same <= e.items()]
+    others = [e for e in json.loads(path.read_text(encoding="utf-8")) if not same <= e.items()]
     entry |= {"config": config, "source": source}
-    path.write_text(json.dumps([entry, *others], indent=2) + "\n")
+    path.write_text(json.dumps([entry, *others], indent=2) + "\n", encoding="utf-8")
     return path
 
 

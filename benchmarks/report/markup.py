@@ -60,7 +60,7 @@ def scenes(folder: Path) -> list[Scene]:
     """The clips of a folder that `tvk demo` wrote; none without its report.json."""
     if not (folder / "report.json").is_file():
         return []
-    report = json.loads((folder / "report.json").read_text())
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     first = next(iter(report["methods"].values()))["clips"]
     found = []
     for index, clip in enumerate(first):
@@ -77,7 +77,7 @@ def scenes(folder: Path) -> list[Scene]:
 def device(folder: Path) -> str:
     """Where the clips of such a folder were made."""
     report = folder / "report.json"
-    return json.loads(report.read_text())["device"] if report.is_file() else ""
+    return json.loads(report.read_text(encoding="utf-8"))["device"] if report.is_file() else ""
 
 
 def section(name: str, title: str, body: str) -> str:

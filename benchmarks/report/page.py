@@ -52,7 +52,7 @@ def html(results: Results, media: markup.Media, command: str) -> str:
     )
     dates = sorted(row["date"][:10] for rows in results.values() for row in rows if "date" in row)
     count = sum(map(len, results.values()))
-    style, script = ((HERE / name).read_text() for name in ("page.css", "page.js"))
+    style, script = ((HERE / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     return (
         '<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<title>tvkernels: what was '
         'measured</title>\n<meta name="viewport" content="width=device-width, initial-scale=1">\n'

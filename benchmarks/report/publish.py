@@ -52,13 +52,13 @@ def report(
         found = stored.load(folder)
         text = page.html(found, media(demo), COMMAND)
         with atomic_path(output) as temporary:
-            temporary.write_text(text)
+            temporary.write_text(text, encoding="utf-8")
         written = [output, *plots.write(found, output.parent, say)]
         if readme:
             path = ROOT / "README.md"
-            text = tables.update(path.read_text(), found)
+            text = tables.update(path.read_text(encoding="utf-8"), found)
             with atomic_path(path) as temporary:
-                temporary.write_text(text)
+                temporary.write_text(text, encoding="utf-8")
             written.append(path)
     except ValueError as error:
         raise ConfigError(str(error)) from error

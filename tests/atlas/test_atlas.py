@@ -118,7 +118,7 @@ class TestMasks:
             read_mask(tmp_path / "none", 3, (6, 8))
         with pytest.raises(VideoError, match="does not exist"):
             read_mask(tmp_path / "nowhere.png", 1, (6, 8))
-        (tmp_path / "text.txt").write_text("white")
+        (tmp_path / "text.txt").write_text("white", encoding="utf-8")
         with pytest.raises(VideoError, match="is not a mask"):
             read_mask(tmp_path / "text.txt", 1, (6, 8))
 
@@ -378,7 +378,7 @@ class TestFiles:
             read_picture(other, atlas, "sky")
         with pytest.raises(AtlasError, match="it does not exist"):
             read_picture(tmp_path / "none.png", atlas)
-        (tmp_path / "text.png").write_text("no picture")
+        (tmp_path / "text.png").write_text("no picture", encoding="utf-8")
         with pytest.raises(AtlasError, match="it is no picture"):
             read_picture(tmp_path / "text.png", atlas)
 

@@ -59,7 +59,9 @@ def test_rows_say_everything_and_are_on_disk(measured, tmp_path):
     said = []
     rows = measured("temporal_attention", "small", providers=["cpu", "reference"], say=said.append)
     assert [list(row) for row in rows] == [list(run.FIELDS)] * 2
-    assert [json.loads(s) for s in (tmp_path / "ops.jsonl").read_text().splitlines()] == rows
+    assert [
+        json.loads(s) for s in (tmp_path / "ops.jsonl").read_text(encoding="utf-8").splitlines()
+    ] == rows
     row = by_provider(rows)["cpu"]
     assert (row["status"], row["timing"], row["checked"]) == ("timed", "host clock", "whole")
     assert 0 < row["p20_s"] <= row["median_s"] <= row["p80_s"]
@@ -70,7 +72,7 @@ def test_rows_say_everything_and_are_on_disk(measured, tmp_path):
     assert row["device"].startswith("cpu: ") and row["torch"] == torch.__version__ and row["date"]
     assert "on a cpu" in said[0] and all(line.startswith("cpu ") for line in said[1:])
     measured("temporal_attention", "small", providers=["cpu"])
-    assert len((tmp_path / "ops.jsonl").read_text().splitlines()) == 3  # appended
+    assert len((tmp_path / "ops.jsonl").read_text(encoding="utf-8").splitlines()) == 3  # appended
 
 
 def test_every_provider_is_there_or_says_why_not(measured):
@@ -378,7 +380,7 @@ def test_report(measured, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert report.write(source, say=said.append) == [tmp_path / "ops.md"]
     assert report.MISSING in said
-    text = (tmp_path / "ops.md").read_text()
+    text = (tmp_path / "ops.md").read_text(encoding="utf-8")
     table = [line for line in text.splitlines() if line.startswith("| fine_coarse2 |")]
     assert len(table) == sum(row["median_s"] is not None for row in rows) >= 6
     assert all(line.count("|") == len(report.HEAD) + 1 for line in table)
@@ -402,7 +404,7 @@ def test_picture(measured, tmp_path):
 def test_report_of_what_is_no_result(tmp_path):
     with pytest.raises(ValueError, match="no results in"):
         report.write(tmp_path / "none.jsonl")
-    (tmp_path / "bad.jsonl").write_text('{"op": 1}\n')
+    (tmp_path / "bad.jsonl").write_text('{"op": 1}\n', encoding="utf-8")
     with pytest.raises(ValueError, match="line 1: not a row"):
         report.write(tmp_path / "bad.jsonl")
 

@@ -105,5 +105,7 @@ def test_a_tree_measures_its_own_package(tmp_path):
     check.check_out("HEAD", tmp_path)
     assert (tmp_path / "tvkernels" / "ops").is_dir()
     spec = tmp_path / "tvkernels" / "ops" / OP / "spec.py"
-    spec.write_text(spec.read_text().replace("sd15-512", "sd15-of-this-tree"))
+    spec.write_text(
+        spec.read_text(encoding="utf-8").replace("sd15-512", "sd15-of-this-tree"), encoding="utf-8"
+    )
     assert (OP, "sd15-of-this-tree~cpu") in check.measured(tmp_path, [OP])

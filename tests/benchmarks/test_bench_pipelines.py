@@ -58,7 +58,9 @@ def measured(tmp_path):
 def test_rows_say_everything_and_are_on_disk(measured, tmp_path):
     said = []
     rows = measured("tune-a-video", say=said.append)
-    assert [json.loads(s) for s in (tmp_path / "rows.jsonl").read_text().splitlines()] == rows
+    assert [
+        json.loads(s) for s in (tmp_path / "rows.jsonl").read_text(encoding="utf-8").splitlines()
+    ] == rows
     assert [list(row) for row in rows] == [list(pipelines.FIELDS)] * 9 and len(said) == 9
     assert [row["phase"] for row in rows[::3]] == list(steps.STEPS)
     for row in rows:
@@ -296,7 +298,9 @@ def test_fatezeros_store_is_what_its_users_met():
 @pytest.mark.slow
 def test_memory_rows(tmp_path):
     rows = footprint.run(["frame-by-frame"], (2, 4), ("float32",), output=tmp_path / "m.jsonl")
-    assert [json.loads(s) for s in (tmp_path / "m.jsonl").read_text().splitlines()] == rows
+    assert [
+        json.loads(s) for s in (tmp_path / "m.jsonl").read_text(encoding="utf-8").splitlines()
+    ] == rows
     assert rows[0]["weight_bytes"] == 4 * (859_520_964 + 83_653_863 + 123_060_480) + 616
     assert list(rows[1]["longest"]["inference"].values()) == sorted(
         rows[1]["longest"]["inference"].values()

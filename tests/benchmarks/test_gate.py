@@ -161,7 +161,8 @@ def test_rehearsal_from_a_checkout_with_torch_alone(tmp_path):
     """`python benchmarks`, as `make gpu` calls it, where nothing else can be imported."""
     missing = ["typer", "rich", "numpy", "diffusers", "matplotlib", "pydantic", "yaml", "pytest"]
     (tmp_path / "sitecustomize.py").write_text(
-        f"import sys\nsys.modules.update(dict.fromkeys({missing}))\n"
+        f"import sys\nsys.modules.update(dict.fromkeys({missing}))\n",
+        encoding="utf-8",
     )
     words = ["--device", "cpu", "--small", "--op", "latent_blend", "--minutes", "4"]
     result = subprocess.run(
@@ -169,10 +170,13 @@ def test_rehearsal_from_a_checkout_with_torch_alone(tmp_path):
         env={"PYTHONPATH": str(tmp_path), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"},
         capture_output=True, text=True, cwd=tmp_path, check=False,
     )  # fmt: skip
-    rows = [json.loads(s) for s in (tmp_path / "out/gpu-checks.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(s)
+        for s in (tmp_path / "out/gpu-checks.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     ran = {(row["dtype"], row["status"]) for row in rows if row["backend"] == "cpu"}
     assert ran == {(name, "right") for name in cases.DTYPES}, result.stdout + result.stderr
-    assert "latent_blend" in (tmp_path / "out/gpu-ops.md").read_text()
+    assert "latent_blend" in (tmp_path / "out/gpu-ops.md").read_text(encoding="utf-8")
     # A kernel that ships and cannot run here is a fault.
     kernels = [b for b in OPS["latent_blend"].backends if b in ("triton", "cuda")]
     assert result.returncode == bool(kernels)

@@ -239,7 +239,7 @@ def tvk(capsys):
 
 def check_tables(report: dict, folder) -> None:
     """What holds for every profile: it is written, adds up, and has a limit below every time."""
-    assert json.loads((folder / "profile.json").read_text()) == report
+    assert json.loads((folder / "profile.json").read_text(encoding="utf-8")) == report
     with gzip.open(folder / "trace.json.gz") as file:
         names = {event.get("name") for event in json.load(file)["traceEvents"]}
     assert {"tvkernels/method/sample", "tvkernels/op/frame_attention"} <= names
@@ -282,7 +282,7 @@ def test_profile_of_sampling_and_decoding(tvk, tmp_path):
 def test_profile_of_every_phase(tvk, tmp_path, method):
     status, out, err = tvk("-o", tmp_path, *TINY, "--method", method)
     assert status == 0, err
-    report = json.loads((tmp_path / "profile.json").read_text())
+    report = json.loads((tmp_path / "profile.json").read_text(encoding="utf-8"))
     check_tables(report, tmp_path)
     assert "largest gap to the limit: " + report["largest_gap"]["op"] in out
     if method == "ei2":
@@ -312,7 +312,7 @@ def test_bad_input_is_one_line(tvk, tmp_path, words, said):
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(tvk, tmp_path):
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").write_text("", encoding="utf-8")
     status, _, err = tvk("-o", tmp_path / "file", *TINY)
     assert status == 2 and err.count("\n") == 1 and "is a file, not a folder" in err
 
@@ -328,7 +328,8 @@ def test_nsight_runs_the_sampling_step(tmp_path, monkeypatch):
     fake = tmp_path / "nsys"
     fake.write_text(
         "#!/bin/sh\nfor word; do case $word in --output=*) to=${word#*=};; esac; done\n"
-        'shift 7; "$@" > "$to"\n'
+        'shift 7; "$@" > "$to"\n',
+        encoding="utf-8",
     )
     fake.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
@@ -336,8 +337,8 @@ def test_nsight_runs_the_sampling_step(tmp_path, monkeypatch):
     line = gpu.traced(plan)
     report = tmp_path / nsight.NAME
     assert line == f"Nsight Systems: the report is {report}"
-    assert report.read_text().split()[:3] == ["--step", "sample", "--device"]
-    fake.write_text("#!/bin/sh\necho no licence >&2; exit 1\n")
+    assert report.read_text(encoding="utf-8").split()[:3] == ["--step", "sample", "--device"]
+    fake.write_text("#!/bin/sh\necho no licence >&2; exit 1\n", encoding="utf-8")
     assert gpu.traced(plan) == "Nsight Systems: no report: no licence"
     assert not report.exists()
 

@@ -66,11 +66,13 @@ def results():
 def test_the_page_is_of_the_stored_rows(results):
     text = page.html(results, publish.media(), publish.COMMAND)
     # Not `==` alone: pytest would compare megabytes line by line.
-    assert (text == PAGE.read_text()) is True, f"docs/report.html is old: {publish.COMMAND}"
+    assert (text == PAGE.read_text(encoding="utf-8")) is True, (
+        f"docs/report.html is old: {publish.COMMAND}"
+    )
 
 
 def test_the_readme_is_of_the_stored_rows(results):
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert tables.MARKED.search(text), "the README has no marked table"
     assert tables.update(text, results) == text, f"the README's tables are old: {publish.COMMAND}"
 
@@ -87,13 +89,15 @@ def test_the_pictures_are_of_the_stored_rows(results):
 
 
 def test_the_page_is_whole_and_links_to_its_rows():
-    read = Reader(PAGE.read_text())
+    read = Reader(PAGE.read_text(encoding="utf-8"))
     assert read.open == ["html"] or not read.open
     assert len(read.ids) == len(set(read.ids))
     assert {link for link in read.links if not link.startswith("#")} == set()
     assert {link[1:] for link in read.links} <= set(read.ids)
     assert all(source.startswith("data:") for source in read.sources)
-    assert not re.search(r"url\(|@import|<script src|fetch\(|XMLHttpRequest", PAGE.read_text())
+    assert not re.search(
+        r"url\(|@import|<script src|fetch\(|XMLHttpRequest", PAGE.read_text(encoding="utf-8")
+    )
     assert PAGE.stat().st_size < 6e6
 
 
@@ -194,7 +198,7 @@ def test_the_command_writes_the_page(tmp_path, capsys):
     assert main(["report", "-o", str(tmp_path / "page.txt")]) == 2
     assert main(["report", "-o", str(out), "--results", str(tmp_path / "none")]) == 2
     assert main(["report", "-o", str(out), "--demo", str(tmp_path)]) == 2
-    (tmp_path / "ops.jsonl").write_text("{broken\n")
+    (tmp_path / "ops.jsonl").write_text("{broken\n", encoding="utf-8")
     assert main(["report", "-o", str(out), "--results", str(tmp_path)]) == 2
     assert "ops.jsonl, line 1: not a row" in capsys.readouterr().err
 
@@ -253,8 +257,8 @@ def browse(text: str, folder: Path) -> dict:
     """What Chromium finds on a page 360 pixels wide: measures, console, what it asked for."""
     if CHROMIUM is None:
         pytest.skip("no chromium on this machine: the page was not opened in a browser")
-    (folder / "page.html").write_text(text)
-    (folder / "index.html").write_text(FRAME)
+    (folder / "page.html").write_text(text, encoding="utf-8")
+    (folder / "index.html").write_text(FRAME, encoding="utf-8")
     with Server(folder) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         words = [
@@ -264,21 +268,21 @@ def browse(text: str, folder: Path) -> dict:
             f"--user-data-dir={folder / 'profile'}", "--enable-logging=stderr", "--v=0",
             f"http://127.0.0.1:{server.server_address[1]}/",
         ]  # fmt: skip
-        with (folder / "log").open("w") as log:
+        with (folder / "log").open("w", encoding="utf-8") as log:
             browser = subprocess.Popen(words, stdout=log, stderr=log)
             try:
-                assert server.done.wait(120), (folder / "log").read_text()[-2000:]
+                assert server.done.wait(120), (folder / "log").read_text(encoding="utf-8")[-2000:]
             finally:
                 browser.terminate()
                 browser.wait(30)
                 server.shutdown()
-        lines = (folder / "log").read_text().splitlines()
+        lines = (folder / "log").read_text(encoding="utf-8").splitlines()
         console = [line for line in lines if "CONSOLE" in line]
         return server.found | {"console": console, "served": server.asked}
 
 
 def test_the_page_in_a_browser(tmp_path):
-    text = PAGE.read_text()
+    text = PAGE.read_text(encoding="utf-8")
     found = browse(text, tmp_path)
     assert found["console"] == []
     assert found["wide"] == 0

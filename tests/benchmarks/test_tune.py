@@ -45,7 +45,7 @@ def test_a_measured_entry_comes_first_and_replaces_its_predecessor(tmp_path, mon
     folder.mkdir(parents=True)
     path = folder / "configs.json"
     shipped = {"kernel": "_center", "config": {"BLOCK": 8}, "source": "reasoned"}
-    path.write_text(json.dumps([shipped]))
+    path.write_text(json.dumps([shipped]), encoding="utf-8")
     facts = {"arch": "sm_90", "dtype": "float16"}
     for block in (16, 32):
         written = tune.write("instance_center", "_center", facts, {"BLOCK": block}, "measured")
@@ -54,7 +54,7 @@ def test_a_measured_entry_comes_first_and_replaces_its_predecessor(tmp_path, mon
         "kernel": "_center", "arch": ["sm_90"], "dtype": ["float16"], "config": {"BLOCK": 32},
         "source": "measured",
     }  # fmt: skip
-    assert json.loads(path.read_text()) == [measured, shipped]
+    assert json.loads(path.read_text(encoding="utf-8")) == [measured, shipped]
 
 
 def test_bad_input_is_one_line(monkeypatch):

@@ -57,7 +57,8 @@ def test_a_stranger_is_found(tmp_path):
         "namespace at { void add(); } namespace c10 { int f(int); }\n"
         'extern "C" { void torch_from_blob(); void PyList_New(); void torch_call_dispatcher(); }\n'
         "void g() { at::add(); c10::f(1); torch_from_blob(); PyList_New();\n"
-        "torch_call_dispatcher(); }\n"
+        "torch_call_dispatcher(); }\n",
+        encoding="utf-8",
     )
     subprocess.run(["g++", "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
     found = cuda_kernels.strangers(library, {"torch_call_dispatcher"})

@@ -23,7 +23,7 @@ def pipeline():
 
 @pytest.fixture(scope="module")
 def training():
-    return json.loads((MODEL_DIR / "training.json").read_text())
+    return json.loads((MODEL_DIR / "training.json").read_text(encoding="utf-8"))
 
 
 def test_directory_is_small_and_complete():

@@ -159,7 +159,7 @@ def test_who_takes_part():
 def test_a_file_that_holds_no_rows_is_named(tmp_path):
     path = tmp_path / "q.jsonl"
     assert quality.read_rows(path) == []
-    path.write_text('{"scene": 1}\n')
+    path.write_text('{"scene": 1}\n', encoding="utf-8")
     with pytest.raises(ConfigError, match=r"q.jsonl, line 1"):
         quality.read_rows(path)
 
@@ -229,7 +229,7 @@ def test_the_demo_writes_all_it_promises(model, tmp_path, monkeypatch):
     clips = {f"clip0-{what}.mp4" for what in ("source", "truth", *run.QUICK)}
     assert names == clips | {"contact_sheet.png", "report.json"}
     assert all(len(read_video(tmp_path / "demo" / clip)) == 8 for clip in clips)
-    report = json.loads((tmp_path / "demo" / "report.json").read_text())
+    report = json.loads((tmp_path / "demo" / "report.json").read_text(encoding="utf-8"))
     assert list(report["methods"]) == list(run.QUICK)
     assert report["methods"]["ei2"]["settings"]["tune_steps"] == 1
     assert set(report["methods"]["ei2"]["mean"]) == set(quality.MEASURES)

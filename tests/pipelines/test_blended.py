@@ -400,7 +400,7 @@ def test_the_command_tells_the_words_and_keeps_them(tvk, tmp_path):
     status, said, errors = tvk()
     assert status == 0, errors
     assert "words that change: blue star -> cyan triangle" in said
-    kept = json.loads((tmp_path / "out.json").read_text())["settings"]
+    kept = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))["settings"]
     assert kept["words"] == ["blue star=cyan triangle"] and kept["mask"] is None
     first = (tmp_path / "out.mp4").read_bytes()
     status, said, errors = tvk(words="blue star=cyan triangle")
@@ -412,7 +412,7 @@ def test_the_command_tells_the_words_and_keeps_them(tvk, tmp_path):
 def test_the_command_takes_a_mask(tvk, place, tmp_path):
     status, _, errors = tvk(mask=place[0] / "masks")
     assert status == 0, errors
-    kept = json.loads((tmp_path / "out.json").read_text())["settings"]
+    kept = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))["settings"]
     assert kept["mask"] == str(place[0] / "masks") and kept["words"] is None
 
 

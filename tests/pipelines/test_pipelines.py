@@ -305,9 +305,9 @@ def test_any_scheduler_given_first_or_later_is_its_noise_schedule(load, clip, fo
     copytree(folder, tmp_path / "model")
     euler = EulerDiscreteScheduler.from_config(ours.scheduler.config, timestep_spacing="linspace")
     euler.save_pretrained(tmp_path / "model" / "scheduler")
-    index = json.loads((tmp_path / "model" / "model_index.json").read_text())
+    index = json.loads((tmp_path / "model" / "model_index.json").read_text(encoding="utf-8"))
     index["scheduler"][1] = "EulerDiscreteScheduler"
-    (tmp_path / "model" / "model_index.json").write_text(json.dumps(index))
+    (tmp_path / "model" / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
     loaded = pipeline_class("frame-by-frame").from_pretrained(tmp_path / "model")
     loaded.set_progress_bar_config(disable=True)
     assert torch.equal(loaded.invert(clip, num_inference_steps=3), expected)
@@ -504,11 +504,13 @@ def test_models_of_other_kinds_are_refused(folder, tmp_path):
         check_unet({"in_channels": 9})
     with pytest.raises(ModelError, match="model_index"):
         check_model(tmp_path)
-    (tmp_path / "model_index.json").write_text("{}")
+    (tmp_path / "model_index.json").write_text("{}", encoding="utf-8")
     with pytest.raises(ModelError, match="unet"):
         check_model(tmp_path)
     (tmp_path / "unet").mkdir()
-    (tmp_path / "unet" / "config.json").write_text(json.dumps({"in_channels": 9}))
+    (tmp_path / "unet" / "config.json").write_text(
+        json.dumps({"in_channels": 9}), encoding="utf-8"
+    )
     with pytest.raises(ModelError, match="9 channels"):
         check_model(tmp_path)
     with pytest.raises(ModelError, match="no folder"):

@@ -407,7 +407,7 @@ class TestCommand:
         assert len(read_video(output)) == 4
         text = " ".join(capsys.readouterr().out.split())
         assert "no ControlNet is given" in text
-        record = json.loads(output.with_suffix(".json").read_text())
+        record = json.loads(output.with_suffix(".json").read_text(encoding="utf-8"))
         assert record["settings"]["method"] == "stable-video"
 
     @pytest.mark.parametrize(

@@ -221,11 +221,13 @@ def test_an_exported_package_holds_its_weights(tmp_path):
         with pytest.raises(ValueError, match="takes 1, 2 clips in a call, got 3"):
             run(*shape.example(3, unet.dtype))
     about = tmp_path / "metadata.json"
-    whole = about.read_text()
-    about.write_text(whole.replace(f'"torch": "{torch.__version__}"', '"torch": "2.0"'))
+    whole = about.read_text(encoding="utf-8")
+    about.write_text(
+        whole.replace(f'"torch": "{torch.__version__}"', '"torch": "2.0"'), encoding="utf-8"
+    )
     with pytest.raises(ArtifactError, match=r"compiled by torch 2\.0, here is .*: export again"):
         aoti.load_whole(tmp_path)
-    about.write_text(whole)
+    about.write_text(whole, encoding="utf-8")
     package = tmp_path / "model.1.pt2"
     package.write_bytes(package.read_bytes()[:-1])
     with pytest.raises(ArtifactError, match="model.1.pt2 is truncated"):

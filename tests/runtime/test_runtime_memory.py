@@ -193,7 +193,7 @@ FRAMES, SIZE = 4, 64
 def demo():
     """Recipe -> the account of the demo model's edit."""
     configs = [
-        json.loads((MODEL_DIR / part / "config.json").read_text())
+        json.loads((MODEL_DIR / part / "config.json").read_text(encoding="utf-8"))
         for part in ("unet", "vae", "text_encoder")
     ]
     return lambda recipe: Account(*configs, recipe, frames=FRAMES, size=(SIZE, SIZE))
@@ -235,7 +235,7 @@ def run(tmp_path, monkeypatch):
                 found["meter"].__exit__(None, None, None)
             monkeypatch.undo()
         assert len(read_video(tmp_path / "out.mp4")) == FRAMES
-        record = json.loads((tmp_path / "out.json").read_text())
+        record = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
         return found["weights"] + found["meter"].most, record
 
     return run

@@ -40,8 +40,8 @@ def engine(path, tmp_path_factory):
 
 
 def spoil(file, **changes):
-    content = json.loads(file.read_text())
-    file.write_text(json.dumps({**content, **changes}))
+    content = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps({**content, **changes}), encoding="utf-8")
 
 
 @ONLY_RTX

@@ -198,7 +198,9 @@ def test_a_known_bad_ptxas_is_a_reason_on_hopper_and_can_be_overridden(monkeypat
 def ptxas_133(tmp_path, monkeypatch):
     """A package nvidia-cuda-nvcc whose ptxas says that it is 13.3."""
     path = tmp_path / "ptxas"
-    path.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 13.3, V13.3.73'\n")
+    path.write_text(
+        "#!/bin/sh\necho 'Cuda compilation tools, release 13.3, V13.3.73'\n", encoding="utf-8"
+    )
     path.chmod(0o755)
     brought = importlib.metadata.PackagePath("ptxas")
     brought.dist = importlib.metadata.PathDistribution(tmp_path / "none.dist-info")
@@ -225,7 +227,7 @@ def test_hopper_is_assembled_by_the_ptxas_that_its_users_need(ptxas_133, monkeyp
 
 
 def test_a_package_with_an_older_ptxas_is_no_help(ptxas_133):
-    Path(ptxas_133).write_text("#!/bin/sh\necho 'release 13.0, V13.0.88'\n")
+    Path(ptxas_133).write_text("#!/bin/sh\necho 'release 13.0, V13.0.88'\n", encoding="utf-8")
     support.ptxas_version.cache_clear()
     assert support.safe_ptxas() is None
 

@@ -406,7 +406,7 @@ def test_weights_of_packages_are_looked_for_and_named(third_party, monkeypatch, 
     refused(ask("lpips"), tmp_path / "hub", "download.pytorch.org/models/alexnet")
     refused(ask("lpips", "resnet"), "'resnet'", "alex, vgg, squeeze")
     (tmp_path / "hub/checkpoints").mkdir(parents=True)
-    (tmp_path / "hub/checkpoints/vgg16-397923af.pth").write_text("")
+    (tmp_path / "hub/checkpoints/vgg16-397923af.pth").write_text("", encoding="utf-8")
     assert isinstance(Models({"lpips": "vgg"})["lpips"], nn.Identity)
 
 

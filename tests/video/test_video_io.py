@@ -84,7 +84,7 @@ def test_folder_round_trip_is_exact_and_in_natural_order(tmp_path):
     assert np.array_equal(read_video(folder).frames, clip)
     for index, file in enumerate(sorted(folder.iterdir())):
         file.rename(folder / f"frame{index}.png")
-    (folder / "notes.txt").write_text("not a picture")
+    (folder / "notes.txt").write_text("not a picture", encoding="utf-8")
     assert np.array_equal(read_video(folder).frames, clip)
 
 
@@ -334,7 +334,7 @@ def test_what_cannot_be_written(tmp_path, frames, fps, name, says):
 
 
 def test_unwritable_output_is_known_before_the_work(tmp_path):
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").write_text("", encoding="utf-8")
     for path in (tmp_path / "file" / "a.mp4", tmp_path / "file" / "deep" / "a.mp4"):
         with pytest.raises(VideoError, match="is a file, not a folder"):
             check_output(path, (".mp4",))

@@ -25,7 +25,7 @@ def preparation(folder, kind: str, shortest: int) -> None:
         "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
         "image_mean": MEAN, "image_std": STD, "do_convert_rgb": True,
     }  # fmt: skip
-    (folder / "preprocessor_config.json").write_text(json.dumps(content))
+    (folder / "preprocessor_config.json").write_text(json.dumps(content), encoding="utf-8")
 
 
 def save_models(root: Path) -> None:
@@ -116,7 +116,7 @@ def clone_v2vbench(monkeypatch, root: Path) -> Path:
         "gmflow.models": {"GMFlow": Flow},
         "viclip": {
             "ViCLIP": Joint,
-            "SimpleTokenizer": lambda path: Path(path).read_text(),
+            "SimpleTokenizer": lambda path: Path(path).read_text(encoding="utf-8"),
             "clip_image_transform": lambda side: lambda image: torch.tensor(np.array(image)) / 1.0,
         },
     }  # fmt: skip
@@ -139,5 +139,5 @@ def clone_v2vbench(monkeypatch, root: Path) -> Path:
         path = root / "checkpoints" / file
         path.parent.mkdir(parents=True)
         torch.save(state, path)
-    (root / "checkpoints/ViCLIP/bpe_simple_vocab_16e6.txt.gz").write_text("")
+    (root / "checkpoints/ViCLIP/bpe_simple_vocab_16e6.txt.gz").write_text("", encoding="utf-8")
     return root / "checkpoints"

@@ -101,7 +101,7 @@ def _first(op: str, kernel: str, facts: tuple[tuple[str, Any], ...]) -> dict[str
 @cache
 def entries(op: str) -> list[dict]:
     """All entries of an op's configs.json, each with "kernel", "config" and "source"."""
-    return json.loads((files("tvkernels.ops") / op / "configs.json").read_text())
+    return json.loads((files("tvkernels.ops") / op / "configs.json").read_text(encoding="utf-8"))
 
 
 def _fits(wanted, fact) -> bool:

@@ -92,7 +92,7 @@ def evaluate(
 def write_record(directory: Path, figures: dict) -> None:
     """Completes training.json and writes the model card and licence note beside it."""
     path = directory / "training.json"
-    content = json.loads(path.read_text()) if path.exists() else {}
+    content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     content |= {
         "command": COMMAND,
         "settings": {
@@ -112,9 +112,9 @@ def write_record(directory: Path, figures: dict) -> None:
         },
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
-    path.write_text(json.dumps(content, indent=2) + "\n")
-    (directory / "README.md").write_text(_card(content))
-    (directory / "LICENSE").write_text(_LICENSE)
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    (directory / "README.md").write_text(_card(content), encoding="utf-8")
+    (directory / "LICENSE").write_text(_LICENSE, encoding="utf-8")
 
 
 def _card(content: dict) -> str:

@@ -135,7 +135,7 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(device)
             return
         try:
-            Path("/proc/self/clear_refs").write_text("5")
+            Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
         except OSError:
             self.fresh = False
 
@@ -145,5 +145,5 @@ class PeakMemory:
             return torch.cuda.max_memory_allocated(self.device) / 2**20
         if not self.fresh:
             return None
-        status = Path("/proc/self/status").read_text()
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
         return int(status.partition("VmHWM:")[2].split()[0]) / 2**10

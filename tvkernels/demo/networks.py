@@ -136,13 +136,13 @@ def load_pipeline(directory: Path) -> StableDiffusionPipeline:
 
 
 def _clean(path: Path) -> None:
-    config = json.loads(path.read_text())
+    config = json.loads(path.read_text(encoding="utf-8"))
     # Transformers 5 loads in the dtype that a config names, here the stored float16.
     if "dtype" in config:
         config["dtype"] = "float32"
     # The folder that a resumed training had loaded from says nothing elsewhere.
     config.pop("_name_or_path", None)
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _replace(source: Path, target: Path) -> None:

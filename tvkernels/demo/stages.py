@@ -283,7 +283,7 @@ def timesteps(rng: np.random.Generator, count: int) -> torch.Tensor:
 def record(out: Path, stage: str, progress: Progress, steps: int, images: int) -> None:
     """Appends a finished stage to training.json."""
     path = out / "training.json"
-    content = json.loads(path.read_text()) if path.exists() else {}
+    content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     run = {
         "stage": stage,
         "seconds": round(progress.seconds),
@@ -292,4 +292,4 @@ def record(out: Path, stage: str, progress: Progress, steps: int, images: int) -
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
     content.setdefault("stages", []).append(run)
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

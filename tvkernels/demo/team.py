@@ -86,7 +86,7 @@ class Progress:
         """Prints a line and appends it to the log."""
         line = f"{self.name} {self.seconds:6.0f} s  {text}"
         print(line, flush=True)
-        with self.log.open("a") as file:
+        with self.log.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
     def due(self, every: float) -> bool:

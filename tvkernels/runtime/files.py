@@ -142,7 +142,9 @@ def write(path: Path, content: dict[str, Any], files: Sequence[Path]) -> None:
     """Writes metadata, with the sizes and sums of `files`, which lie beside `path`."""
     sums = {file.name: {"bytes": file.stat().st_size, "sha256": digest(file)} for file in files}
     with new_file(path) as temporary:
-        temporary.write_text(json.dumps({**content, "files": sums}, indent=2) + "\n")
+        temporary.write_text(
+            json.dumps({**content, "files": sums}, indent=2) + "\n", encoding="utf-8"
+        )
 
 
 def read(path: Path, kind: str) -> dict[str, Any]:
@@ -155,7 +157,7 @@ def read(path: Path, kind: str) -> dict[str, Any]:
             was written.
     """
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
         found, files = content["format"], content["files"]
     except FileNotFoundError:
         raise ArtifactError(f"no {path}: give a folder that `tvk export` wrote") from None

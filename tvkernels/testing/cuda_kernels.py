@@ -110,7 +110,7 @@ def report(archs: Sequence[str] = tuple(SHARED_LIMITS), folder: Path = FOLDER) -
     for source, target in build(archs, folder).items():
         if not source.endswith(".cu"):
             continue
-        said = target.with_suffix(".log").read_text()
+        said = target.with_suffix(".log").read_text(encoding="utf-8")
         counts = {arch: _instructions(target, arch) for arch in archs}
         for row in launched(list(read_log(said))):
             row = {"op": Path(source).stem, **row, **counts[row["arch"]].get(row["symbol"], {})}

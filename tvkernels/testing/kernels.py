@@ -231,7 +231,9 @@ def report(
                 _keep(cache / f"{c.key}.json", numbers)
                 if done % 25 == 0:
                     say(f"{done} of {len(missing)} compiled")
-    return [row(c, json.loads((cache / f"{c.key}.json").read_text())) for c in wanted]
+    return [
+        row(c, json.loads((cache / f"{c.key}.json").read_text(encoding="utf-8"))) for c in wanted
+    ]
 
 
 def _check_names(given, known, what: str) -> None:
