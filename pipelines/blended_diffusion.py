@@ -17,15 +17,15 @@ from torch import Tensor
 
 from tvkernels import guided_ddim_step
 from tvkernels._ranges import each_step, span
-from tvkernels.pipelines.cache import Cache, adapters, content_key
-from tvkernels.pipelines.common import ddim_table
+from tvkernels.pipelines.cache import Cache
+from tvkernels.pipelines.common import ddim_table, working
 from tvkernels.pipelines.masks import FLOORS, GivenMask, WordMask, latent_mask
 from tvkernels.pipelines.one_shot import OneShotPipeline, Settings
 from tvkernels.pipelines.words import (
     WordPairs,
     changed_words,
     check_words,
-    prompt_tokens,
+    prompt_ids,
     word_tokens,
 )
 from tvkernels.processors.maps import LEVELS
@@ -83,13 +83,13 @@ class Inversion:
     """What the inversion of a clip leaves.
 
     Args:
-        prompt: what it was told.
+        prompt: what it was told; None where it was told by text states.
         latents: [S + 1, F, 4, h, w], from the clip to noise.
         maps: [S, T, F, h', w'], where each token of the prompt is looked at in each step; None
             where the runtime gives no maps.
     """
 
-    prompt: str
+    prompt: str | None
     latents: Tensor
     maps: Tensor | None
 
@@ -117,7 +117,7 @@ class BlendedDiffusionPipeline(OneShotPipeline):
         self.source, self._source_prompt = None, prompt
         return super().fit(video, prompt, **options)
 
-    @torch.no_grad()
+    @working()
     def invert(
         self,
         video,
@@ -126,58 +126,70 @@ class BlendedDiffusionPipeline(OneShotPipeline):
         num_inference_steps: int | None = None,
         decode_chunk_size: int = 8,
         cache: Cache | None = None,
+        prompt_embeds: Tensor | None = None,
+        clip_skip: int | None = None,
+        cross_attention_kwargs: dict | None = None,
     ) -> Tensor:
         """DDIM inversion (eq. 4) that keeps each step's latents and each token's map.
 
         Args:
             video: uint8 [F, H, W, 3], PIL images, or float [F, 3, H, W] in [0, 1].
             source_prompt: what the clip shows; by default what `fit` was told.
-            num_inference_steps, decode_chunk_size, cache: as `OneShotPipeline.invert`.
+            prompt_embeds: [1, L, C], instead of a source prompt; then edits need a mask.
+            num_inference_steps, decode_chunk_size, cache, clip_skip, cross_attention_kwargs: as
+                `OneShotPipeline.invert`.
         Returns:
             The noise [F, 4, h, w], also kept as `inverted`; all of it as `source`.
         Raises:
             ValueError: no source prompt, or frames that do not fit the model.
         """
-        prompt = self._source_prompt if source_prompt is None else source_prompt
-        if prompt is None:
+        prompt = source_prompt
+        if prompt is None and prompt_embeds is None:
+            prompt = self._source_prompt
+        if prompt is None and prompt_embeds is None:
             raise ValueError("say what the clip shows: pass source_prompt= or call fit() first")
         steps = self.settings.steps if num_inference_steps is None else num_inference_steps
         latents = self._encode_video(video, decode_chunk_size)
         looks = self.settings.mask == "words" and self.runner.backend in MAPPING
+        looks = looks and prompt is not None
         timesteps, rows = ddim_table(self.inverse_scheduler, steps, 1.0, latents.device)
-        key = None
-        if cache is not None and self._tuned_key is not None:
-            key = content_key(
-                tuned=self._tuned_key, latents=latents, times=timesteps, rows=rows, prompt=prompt,
-                maps=looks and self.settings.levels, adapters=adapters(self.unet),
-            )  # fmt: skip
-            kept = cache.load(key)
-            if kept is not None:
-                return self._keep(prompt, kept["latents"].to(latents), kept.get("maps"))
-        words = range(len(prompt_tokens(self.tokenizer, prompt))) if looks else None
-        text = self.runner.text(self._encode_prompts([prompt]))
-        path, maps = [latents], []
-        pairs = zip(self.runner.times(timesteps), rows, strict=True)
-        with span("method", "invert"), self.progress_bar(total=steps) as bar:
-            for time, row in each_step(pairs):
-                noise, seen = self._predict(path[-1], time, text, **self._look(words))
-                path.append(guided_ddim_step(path[-1], noise, row))
-                maps.append(seen)
-                bar.update()
+        with self._adapters_at(cross_attention_kwargs):
+            states = self._texts(prompt, None, prompt_embeds, None, clip_skip, False)
+            key = None
+            if cache is not None:
+                key = self._key(
+                    latents=latents, times=timesteps, rows=rows, prompt=prompt, text=states,
+                    maps=looks,
+                )  # fmt: skip
+                kept = cache.load(key)
+                if kept is not None:
+                    return self._keep(prompt, kept["latents"].to(latents), kept.get("maps"))
+            words = range(len(self._read(prompt))) if looks else None
+            text, path, maps = self.runner.text(states), [latents], []
+            pairs = zip(self.runner.times(timesteps), rows, strict=True)
+            with span("method", "invert"), self.progress_bar(total=steps) as bar:
+                for time, row in each_step(pairs):
+                    noise, seen = self._predict(path[-1], time, text, **self._look(words))
+                    path.append(guided_ddim_step(path[-1], noise, row))
+                    maps.append(seen)
+                    bar.update()
         found = {"latents": torch.stack(path)} | ({"maps": torch.stack(maps)} if looks else {})
         if key is not None:
             cache.save(key, found)
         return self._keep(prompt, found["latents"], found.get("maps"))
 
-    def _keep(self, prompt: str, latents: Tensor, maps: Tensor | None) -> Tensor:
+    def _read(self, prompt: str) -> list[int]:
+        return prompt_ids(self.tokenizer, self.maybe_convert_prompt(prompt, self.tokenizer))[0]
+
+    def _keep(self, prompt: str | None, latents: Tensor, maps: Tensor | None) -> Tensor:
         maps = None if maps is None else maps.to(latents.device)
         self.source, self.inverted = Inversion(prompt, latents, maps), latents[-1]
         return self.inverted
 
-    @torch.no_grad()
+    @working()
     def __call__(
         self,
-        prompt: str,
+        prompt: str | None = None,
         *,
         words: WordPairs | None = None,
         mask=None,
@@ -208,8 +220,11 @@ class BlendedDiffusionPipeline(OneShotPipeline):
         """
         steps = self.settings.steps if num_inference_steps is None else num_inference_steps
         if video is not None:
-            chunk = options.get("decode_chunk_size", 8)
-            self.invert(video, source_prompt, num_inference_steps=steps, decode_chunk_size=chunk)
+            taken = ("decode_chunk_size", "clip_skip", "cross_attention_kwargs")
+            shared = {name: options[name] for name in taken if name in options}
+            self.invert(video, source_prompt, num_inference_steps=steps, **shared)
+        elif source_prompt is not None:
+            raise ValueError("source_prompt tells what a video shows: pass video= too")
         self._edit, self._generator = self._region(prompt, words, mask, steps), generator
         try:
             return super().__call__(
@@ -219,7 +234,39 @@ class BlendedDiffusionPipeline(OneShotPipeline):
         finally:
             self._edit = self._generator = None
 
-    def _region(self, prompt: str, words, mask, steps: int) -> WordMask | GivenMask:
+    def check_words(
+        self, source_prompt: str, prompt: str, words: WordPairs | None = None
+    ) -> tuple[list[list[int]], list[list[int]]]:
+        """Where the words that change lie among the tokens that are read; no clip is needed.
+
+        Args:
+            source_prompt, prompt, words: as for a call.
+        Returns:
+            For each pair the positions in the source prompt, and those in the prompt.
+        Raises:
+            WordError: a word is not in its prompt or beyond what is read, or the differing words
+                cannot be told.
+        """
+        if words is None:
+            pairs = changed_words(source_prompt, prompt)
+        else:
+            pairs = check_words(words, source_prompt, prompt)
+
+        def convert(text):  # a word of several vectors stands for several tokens
+            return self.maybe_convert_prompt(text, self.tokenizer)
+
+        old, new = (
+            [
+                word_tokens(
+                    self.tokenizer, convert(text), convert(pair[side]), self.settings.after
+                )
+                for pair in pairs
+            ]
+            for side, text in enumerate((source_prompt, prompt))
+        )
+        return old, new
+
+    def _region(self, prompt: str | None, words, mask, steps: int) -> WordMask | GivenMask:
         source, settings = self.source, self.settings
         if source is None:
             raise ValueError("nothing to blend with: pass video=, or invert() first")
@@ -234,17 +281,13 @@ class BlendedDiffusionPipeline(OneShotPipeline):
         if mask is not None:
             found = latent_mask(mask, frames, size, self.multiple)
             return GivenMask(found.to(source.latents.device))
+        if prompt is None or source.prompt is None:
+            raise ValueError("prompt_embeds name no words whose region is edited: give a mask")
         if source.maps is None:
             raise ValueError(
                 f"the runtime {self.runner.backend} gives no maps of words: give a mask"
             )
-        words = changed_words(source.prompt, prompt) if words is None else check_words(
-            words, source.prompt, prompt
-        )  # fmt: skip
-        old, new = (
-            [word_tokens(self.tokenizer, text, pair[side], settings.after) for pair in words]
-            for side, text in enumerate((source.prompt, prompt))
-        )
+        old, new = self.check_words(source.prompt, prompt, words)
         return WordMask(size, old, new, settings.threshold, settings.floor)
 
     def _look(self, tokens) -> dict:

@@ -87,12 +87,17 @@ def content_key(**parts: Any) -> str:
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def adapters(module: torch.nn.Module) -> str:
-    """What LoRA and its kin add to a module, and how much of it counts; "" where there is none."""
-    found = [
+def adapted(module: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
+    """Layers that LoRA and its kin have put something around, by name."""
+    return [
         (name, layer) for name, layer in module.named_modules()
         if hasattr(layer, "base_layer") and hasattr(layer, "active_adapters")
     ]  # fmt: skip
+
+
+def adapters(module: torch.nn.Module) -> str:
+    """What LoRA and its kin add to a module, and how much of it counts; "" where there is none."""
+    found = adapted(module)
     added = {
         f"{name}.{part}": tensor
         for name, layer in found

@@ -1,7 +1,8 @@
-"""What the pipelines share: frames to latents and back, text, DDIM tables."""
+"""What the pipelines share: how their methods run, frames to latents and back, DDIM tables."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -10,11 +11,13 @@ import PIL.Image
 import torch
 from diffusers import DDIMInverseScheduler, DDIMScheduler
 from diffusers.utils import BaseOutput
-from torch import Tensor
+from torch import Tensor, nn
 
 from tvkernels._ranges import span
+from tvkernels.devices import memory_advice
 from tvkernels.pipelines.checks import ModelError
 
+BETAS = ("linear", "scaled_linear", "squaredcos_cap_v2")  # that DDIM works out by itself
 ROUNDING = 1e-3  # beyond [0, 1] that a resized or composed picture may lie
 
 
@@ -25,14 +28,54 @@ class VideoEditOutput(BaseOutput):
     frames: list | np.ndarray | Tensor
 
 
+def working(gradients: bool = False):
+    """Decorates a pipeline's method: the same results whatever mode the caller is in.
+
+    Inside gradients are on or off as asked, autocast and inference mode are off, and a lack of
+    memory is told with what to lower.
+    """
+
+    def decorate(method):
+        @functools.wraps(method)
+        def run(self, *args, **kwargs):
+            with (
+                memory_advice(),
+                torch.inference_mode(False),
+                torch.set_grad_enabled(gradients),
+                torch.autocast(self._execution_device.type, enabled=False),
+            ):
+                return method(self, *args, **kwargs)
+
+        return run
+
+    return decorate
+
+
+@torch.no_grad()
+def make_tunable(model: nn.Module) -> None:
+    """Copies what was loaded under inference mode, which nothing outside of it may change."""
+    for module in model.modules():
+        for kept in (module._parameters, module._buffers):
+            for name, tensor in kept.items():
+                if tensor is not None and tensor.is_inference():
+                    copy = tensor.clone()
+                    is_parameter = kept is module._parameters
+                    kept[name] = nn.Parameter(copy, tensor.requires_grad) if is_parameter else copy
+
+
 def ddim_schedulers(scheduler) -> tuple[DDIMScheduler, DDIMInverseScheduler]:
     """DDIM and its inversion with a model's own noise schedule.
 
     From the model's configuration: the constructors' defaults clip samples and end at alpha 1,
     which no SD-1.x model was trained with. Of timesteps, "leading" stands in for "linspace",
     which DDIM's inversion does not have.
+
+    Raises:
+        ModelError: a schedule that DDIM cannot follow: without betas (flow matching, EDM), with
+            other noise levels than its betas give, or one that ends in noise alone; or a model
+            that predicts something other than the noise.
     """
-    config = dict(scheduler.config)
+    kind, config = type(scheduler).__name__, dict(scheduler.config)
     ours = {"clip_sample": False, "set_alpha_to_one": False}
     if config.get("timestep_spacing") == "linspace":
         ours["timestep_spacing"] = "leading"
@@ -44,7 +87,29 @@ def ddim_schedulers(scheduler) -> tuple[DDIMScheduler, DDIMInverseScheduler]:
             f"the model predicts {config['prediction_type']}, these methods need epsilon: "
             "give a Stable Diffusion 1.x model"
         )
-    return DDIMScheduler.from_config(config), DDIMInverseScheduler.from_config(config)
+    own = getattr(scheduler, "alphas_cumprod", None)
+    if own is None or config.get("use_flow_sigmas"):
+        raise ModelError(
+            f"{kind} has noise levels that are not of DDIM (flow matching or EDM): give a "
+            "scheduler of Stable Diffusion 1.x, such as DDIMScheduler"
+        )
+    if config.get("beta_schedule") not in BETAS and config.get("trained_betas") is None:
+        config["trained_betas"] = scheduler.betas.tolist()
+    ddim = DDIMScheduler.from_config(config)
+    alphas = ddim.alphas_cumprod
+    if not alphas.min() > 0:
+        raise ModelError(
+            f"the schedule of {kind} ends in noise alone (zero terminal SNR), from which epsilon "
+            "tells nothing: set rescale_betas_zero_snr=False"
+        )
+    steps = ddim.config.num_train_timesteps
+    # A few rounding steps of a product of a thousand factors.
+    if len(alphas) != steps or own.shape != alphas.shape or not own.allclose(alphas, rtol=1e-4):
+        raise ModelError(
+            f"the noise levels of {kind} are not what its {steps} betas give, DDIM cannot follow "
+            "them: give a scheduler of Stable Diffusion 1.x, such as DDIMScheduler"
+        )
+    return ddim, DDIMInverseScheduler.from_config(config)
 
 
 def ddim_table(scheduler, steps: int, guidance: float, device) -> tuple[Tensor, Tensor]:
@@ -119,8 +184,23 @@ def frames_to_tensor(video, multiple: int) -> Tensor:
 @torch.no_grad()
 def encode_frames(vae, pixels: Tensor, chunk: int = 8) -> Tensor:
     """[F, 3, H, W] in [-1, 1] -> scaled latents [F, 4, h, w], the posterior's mode."""
-    parts = [vae.encode(part.to(vae.dtype)).latent_dist.mode() for part in pixels.split(chunk)]
-    return torch.cat(parts) * vae.config.scaling_factor
+    parts = []
+    for part in pixels.split(chunk):
+        found = vae.encode(part.to(vae.dtype))
+        # AutoencoderTiny gives latents, not their distribution.
+        parts.append(found.latent_dist.mode() if hasattr(found, "latent_dist") else found.latents)
+    scale, shift = _scaling(vae)
+    return (widened(torch.cat(parts)) - shift) * scale
+
+
+def widened(x: Tensor) -> Tensor:
+    """In float32, or float64 if it was."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _scaling(vae) -> tuple[float, float]:
+    config = vae.config
+    return config.get("scaling_factor") or 1.0, config.get("shift_factor") or 0.0
 
 
 def decode_chunks(vae, latents: Tensor, chunk: int = 8) -> Iterator[Tensor]:
@@ -128,9 +208,10 @@ def decode_chunks(vae, latents: Tensor, chunk: int = 8) -> Iterator[Tensor]:
 
     A chunk is decoded when it is asked for: the clip is never in memory whole.
     """
+    scale, shift = _scaling(vae)
     for part in latents.split(chunk):
         with span("method", "decode"), torch.no_grad():
-            pixels = vae.decode(part.to(vae.dtype) / vae.config.scaling_factor).sample
+            pixels = vae.decode((part / scale + shift).to(vae.dtype)).sample
             pixels = pixels.float().div_(2).add_(0.5).clamp_(0, 1)
         yield pixels
 
@@ -138,22 +219,3 @@ def decode_chunks(vae, latents: Tensor, chunk: int = 8) -> Iterator[Tensor]:
 def decode_latents(vae, latents: Tensor, chunk: int = 8) -> Tensor:
     """Scaled latents [F, 4, h, w] -> float32 pixels [F, 3, H, W] in [0, 1]."""
     return torch.cat(list(decode_chunks(vae, latents, chunk)))
-
-
-@torch.no_grad()
-def encode_text(tokenizer, text_encoder, prompts: list[str]) -> Tensor:
-    """Text states [B, L, C] of B prompts; longer ones are cut at the tokenizer's length.
-
-    Raises:
-        ValueError: a prompt that is no string.
-    """
-    if not all(isinstance(prompt, str) for prompt in prompts):
-        raise ValueError(f"a prompt is one string, not {prompts!r}: edit clips one by one")
-    tokens = tokenizer(
-        prompts,
-        padding="max_length",
-        max_length=tokenizer.model_max_length,
-        truncation=True,
-        return_tensors="pt",
-    )
-    return text_encoder(tokens.input_ids.to(text_encoder.device))[0]

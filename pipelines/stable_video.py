@@ -28,7 +28,14 @@ from tvkernels.atlas.files import from_state
 from tvkernels.atlas.keys import aggregate, key_frames, median, texels_seen
 from tvkernels.atlas.train import filled
 from tvkernels.pipelines.cache import Cache, content_key
-from tvkernels.pipelines.common import VideoEditOutput, ddim_table, frames_to_tensor
+from tvkernels.pipelines.checks import latent_side
+from tvkernels.pipelines.common import (
+    VideoEditOutput,
+    ddim_table,
+    frames_to_tensor,
+    widened,
+    working,
+)
 from tvkernels.pipelines.guides import hint_made
 from tvkernels.pipelines.one_shot import OneShotPipeline
 from tvkernels.pipelines.one_shot import Settings as OneShotSettings
@@ -149,6 +156,7 @@ class StableVideoPipeline(OneShotPipeline):
             for part, kind, what in parts
         )
 
+    @working(gradients=True)
     def fit(
         self,
         video,
@@ -167,10 +175,10 @@ class StableVideoPipeline(OneShotPipeline):
 
         Args:
             video: uint8 [F, H, W, 3], PIL images, or float [F, 3, H, W] in [0, 1].
-            prompt, learning_rate, gradient_checkpointing, decode_chunk_size: of methods that tune;
-                an atlas needs none.
-            num_steps: 0 or None, for nothing of the model is tuned; `settings.atlas` has the
-                atlas's own.
+            prompt, decode_chunk_size: of methods that read them; an atlas is trained on pixels.
+            num_steps, learning_rate: 0 or None, because nothing of the model is tuned;
+                `settings.atlas` has the atlas's own.
+            gradient_checkpointing: False, because nothing of the model is tuned.
             generator: draws the training's pixels.
             cache: takes the atlas from here if it is there, and keeps it if not.
             masks: bool [F, H, W] of each foreground layer, the front one first; None finds what
@@ -182,8 +190,10 @@ class StableVideoPipeline(OneShotPipeline):
             ValueError: frames that do not fit the model or the atlas, or steps of a tuning.
             VideoError: the clip's optical flow fails, or nothing moves.
         """
-        if num_steps:
-            raise ValueError(f"{self.settings.recipe.name} tunes nothing: leave num_steps out")
+        asked = {"num_steps": num_steps, "learning_rate": learning_rate,
+                 "gradient_checkpointing": gradient_checkpointing}  # fmt: skip
+        for name in (name for name, value in asked.items() if value):
+            raise ValueError(f"{self.settings.recipe.name} tunes nothing: leave {name} out")
         pixels = frames_to_tensor(video, self.multiple).div(2).add(0.5)
         frames = pixels.mul(255).round().byte().permute(0, 2, 3, 1).contiguous()
         if atlas is not None and atlas.shape != tuple(frames.shape[:3]):
@@ -220,7 +230,7 @@ class StableVideoPipeline(OneShotPipeline):
         """The clip's latents [F, 4, h, w]: this method adds noise to them and inverts nothing."""
         return self._encode_video(video, decode_chunk_size)
 
-    @torch.no_grad()
+    @working()
     def __call__(
         self,
         prompt: str = "",
@@ -231,6 +241,10 @@ class StableVideoPipeline(OneShotPipeline):
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         negative_prompt: str | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        clip_skip: int | None = None,
+        cross_attention_kwargs: dict | None = None,
         generator: torch.Generator | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
@@ -246,9 +260,11 @@ class StableVideoPipeline(OneShotPipeline):
             foreground_prompt: for all foreground layers, or one for each; "" leaves a layer.
             background_prompt: what the background shall be; None or "" leaves it as it is.
             video: a clip to fit first, without a cache.
-            num_inference_steps, guidance_scale, negative_prompt, output_type, return_dict,
-                callback_on_step_end, callback_on_step_end_tensor_inputs, decode_chunk_size,
-                split_guidance: as for `OneShotPipeline`; steps are counted over all edited images.
+            prompt_embeds: [1, L, C], instead of a prompt for the foregrounds.
+            num_inference_steps, guidance_scale, negative_prompt, negative_prompt_embeds,
+                clip_skip, cross_attention_kwargs, output_type, return_dict, callback_on_step_end,
+                callback_on_step_end_tensor_inputs, decode_chunk_size, split_guidance: as for
+                `OneShotPipeline`; steps are counted over all edited images.
             generator: draws the noise; None takes a fresh one of the seed that `fit` was given.
         Raises:
             ValueError: nothing fitted, a number of prompts other than of layers, or unknown
@@ -264,6 +280,9 @@ class StableVideoPipeline(OneShotPipeline):
         self._gather()
         count = len(self.atlas.logits)
         told = prompt if foreground_prompt is None else foreground_prompt
+        if prompt_embeds is not None and told:
+            raise ValueError("give either prompt_embeds or prompts of the foregrounds")
+        told = told if prompt_embeds is None else [prompt_embeds] * count
         told = [told] * count if isinstance(told, str) else list(told)
         if len(told) != count:
             raise ValueError(f"{len(told)} foreground prompts for {count} foreground layers")
@@ -274,11 +293,17 @@ class StableVideoPipeline(OneShotPipeline):
             self,
             self.settings.steps if num_inference_steps is None else num_inference_steps,
             self.settings.guidance if guidance_scale is None else guidance_scale,
-            negative_prompt or "", generator, callback_on_step_end, wanted, split_guidance,
+            negative_prompt, generator, callback_on_step_end, wanted, split_guidance,
+            negative_prompt_embeds, clip_skip,
         )  # fmt: skip
-        edited = {i: self._edit_layer(i, text, job) for i, text in enumerate(told) if text}
-        if background_prompt:
-            edited[count] = self._edit_background(background_prompt, job)
+        with self._adapters_at(cross_attention_kwargs):
+            edited = {
+                i: self._edit_layer(i, job.texts(text), job)
+                for i, text in enumerate(told)
+                if not isinstance(text, str) or text
+            }
+            if background_prompt:
+                edited[count] = self._edit_background(job.texts(background_prompt), job)
         pixels = self.atlas.render(edited)
         self.maybe_free_model_hooks()
         if output_type == "latent":
@@ -287,7 +312,7 @@ class StableVideoPipeline(OneShotPipeline):
             frames = self._present(pixels[None], output_type)
         return VideoEditOutput(frames=frames) if return_dict else (frames,)
 
-    def _edit_layer(self, layer: int, prompt: str, job: _Job) -> Tensor:
+    def _edit_layer(self, layer: int, text: Tensor, job: _Job) -> Tensor:
         """A foreground's edited atlas [H, W, 3], from its key frames (section 3.2 and 3.3)."""
         model = self.atlas
         uv, alpha = model.uv_maps(layer), model.alphas()[layer].flatten(1)
@@ -314,7 +339,7 @@ class StableVideoPipeline(OneShotPipeline):
             if guided or way in ("fixed", "random"):
                 noise = job.noise(own, fresh=way != "fixed")
             condition = self._edges(own, alpha[f])
-            edit = job.edit(start, noise, prompt, strength, "canny", condition, alpha[f])
+            edit = job.edit(start, noise, text, strength, "canny", condition, alpha[f])
             picture, cover = atlas_splat(
                 _points(edit)[None], uv[f][None], size, weight=alpha[f][None]
             )
@@ -335,16 +360,16 @@ class StableVideoPipeline(OneShotPipeline):
         layers = torch.stack([shown[..., :3], _points(own)[None]], 1)
         return atlas_composite(layers, seen[:, None])[0].T.unflatten(1, own.shape[1:])
 
-    def _edit_background(self, prompt: str, job: _Job) -> Tensor:
+    def _edit_background(self, text: Tensor, job: _Job) -> Tensor:
         """The background's atlas, edited as one image at about the model's own size."""
         picture = self.atlas.layers[-1].colors.permute(2, 0, 1)
-        side = (self.unet.config.sample_size or 64) * self.multiple
+        side = latent_side(self.unet.config) * self.multiple
         units = side / min(picture.shape[1:]) / self.multiple
         h, w = (max(1, round(n * units)) * self.multiple for n in picture.shape[1:])
         image = F.interpolate(picture[None], (h, w), mode="bilinear", antialias=True)[0]
         guided = self.controlnets["depth"] is not None
         edit = job.edit(
-            image, job.noise(image) if guided else None, prompt,
+            image, job.noise(image) if guided else None, text,
             1.0 if guided else self.settings.first, "depth", self._depth(image),
         )  # fmt: skip
         edit = F.interpolate(edit[None], picture.shape[1:], mode="bilinear", antialias=True)
@@ -382,25 +407,35 @@ class _Job:
     pipe: StableVideoPipeline
     steps: int
     guidance: float
-    negative: str
+    negative: str | None
     generator: torch.Generator | None
     callback: Callable | None
     wanted: Sequence[str]
     split: bool
+    negative_embeds: Tensor | None = None
+    clip_skip: int | None = None
     done: int = 0
     kept: Tensor | None = None
+
+    def texts(self, prompt: str | Tensor) -> Tensor:
+        """Text states of both halves of guidance, of a prompt or of its states."""
+        told = (None, self.negative, prompt) if isinstance(prompt, Tensor) else (
+            prompt, self.negative, None
+        )  # fmt: skip
+        guided = self.guidance > 1
+        return self.pipe._texts(*told, self.negative_embeds, self.clip_skip, guided)
 
     def noise(self, picture: Tensor, fresh: bool = True) -> Tensor:
         """Noise of a picture's latent; not `fresh`, the same as before."""
         k = self.pipe.multiple
         shape = (1, 4, picture.shape[1] // k, picture.shape[2] // k)
         if fresh or self.kept is None or self.kept.shape != shape:
-            self.kept = randn_tensor(shape, self.generator, picture.device, self.pipe.unet.dtype)
+            self.kept = randn_tensor(shape, self.generator, picture.device, self.pipe._wide)
         return self.kept
 
     def edit(
-        self, picture: Tensor, noise: Tensor | None, prompt: str, strength: float, kind: str,
-        condition: Tensor | None, alpha: Tensor | None = None,
+        self, picture: Tensor, noise: Tensor | None, prompt_embeds: Tensor, strength: float,
+        kind: str, condition: Tensor | None, alpha: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """Noises a picture [3, H, W] in [0, 1] to t0 and denoises it under a prompt (eq. 6).
 
@@ -409,8 +444,6 @@ class _Job:
         """
         pipe, net = self.pipe, self.pipe.controlnets[kind]
         clean = pipe._encode_video(picture[None], 1)
-        guided = self.guidance > 1
-        prompt_embeds = pipe._encode_prompts([self.negative, prompt] if guided else [prompt])
         timesteps, rows = ddim_table(pipe.scheduler, self.steps, self.guidance, clean.device)
         first = self.steps - max(1, min(self.steps, round(self.steps * strength)))
         mask = None
@@ -426,7 +459,7 @@ class _Job:
         latents = levels.pop()
         hint = None
         if net is not None:
-            hint = net.controlnet_cond_embedding(condition.to(clean.dtype))
+            hint = net.controlnet_cond_embedding(condition.to(net.dtype))
         times, text = pipe.runner.times(timesteps), None
         with span("method", "sample"), pipe.progress_bar(total=self.steps - first) as bar:
             for i in each_step(range(first, self.steps)):
@@ -438,6 +471,7 @@ class _Job:
                     predicted = pipe._predict(latents, times[i], text, self.split)[0]
                 else:
                     predicted = self._under(net, latents, timesteps[i], prompt_embeds, hint)
+                    predicted = widened(predicted)
                 held = {} if mask is None else {"mask": mask, "background": levels.pop()}
                 latents = guided_ddim_step(latents, predicted, rows[i], **held)
                 if self.callback is not None:
@@ -474,7 +508,7 @@ class _Job:
         Args:
             hint: [1, C, h, w], the condition's features.
         """
-        given = latents.repeat(len(text), 1, 1, 1)
+        given = latents.to(text.dtype).repeat(len(text), 1, 1, 1)
         with hint_made(net):
             down, middle = net(
                 given, t, encoder_hidden_states=text, controlnet_cond=hint, return_dict=False

@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from difflib import SequenceMatcher
+from typing import NamedTuple
 
+# Scripts that put no space between words: each letter may begin one. Thai to Khmer, hiragana, Han.
+UNSPACED = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3041-\u309f"
+    "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
+)
+JOINERS = "\u200c\u200d"  # within a Persian word, an emoji of several
 ARTICLES = ("a", "an", "the")
 LONGEST = 3  # words in a row that are taken for one thing's name without being told
 WordPairs = Sequence[tuple[str, str] | str]
@@ -35,11 +43,12 @@ def changed_words(source: str, prompt: str) -> list[tuple[str, str]]:
             row differ, or an old or new word stands elsewhere in its prompt too, so that naming it
             would not tell which is meant.
     """
-    old, new = source.split(), prompt.split()
+    old, new = units(source), units(prompt)
     pairs = []
-    for kind, a, b, c, d in SequenceMatcher(None, _bare(old), _bare(new), False).get_opcodes():
+    same = SequenceMatcher(None, [u.key for u in old], [u.key for u in new], False)
+    for kind, a, b, c, d in same.get_opcodes():
         if kind == "replace":
-            pairs.append((_phrase(old[a:b]), _phrase(new[c:d])))
+            pairs.append((_phrase(old[a:b], source), _phrase(new[c:d], prompt)))
         elif kind != "equal":
             pairs.append(("", ""))
     clear = all(
@@ -85,38 +94,93 @@ def word_tokens(tokenizer, prompt: str, word: str, after: int = 0) -> list[int]:
     Raises:
         WordError: it is not in the prompt, or beyond the cut.
     """
-    tokens = prompt_tokens(tokenizer, prompt)
-    wanted = tokenizer.convert_ids_to_tokens(tokenizer(word, add_special_tokens=False).input_ids)
-    count = len(wanted)
+    places = _places(word, prompt)
+    if not places:
+        raise WordError(f"the word {word!r} is not in the prompt {prompt!r}")
+    read, cut = prompt_ids(tokenizer, prompt)
     found: list[int] = []
-    for start in range(1, len(tokens) - count + 1):
-        # A word's last token is marked as such, its first is known by the one before it.
-        begins = start == 1 or tokens[start - 1].endswith("</w>")
-        if count and begins and tokens[start : start + count] == wanted:
-            found += range(start, min(start + count + after, len(tokens)))
+    for start, end in places:
+        tokens = _covering(tokenizer, prompt, start, end)
+        if tokens.stop <= len(read) - bool(cut):  # the end token stands where the cut is
+            found += range(tokens.start, min(tokens.stop + after, len(read)))
     if not found:
-        cut = " within the length that is read" if _places(word, prompt) else ""
-        raise WordError(f"the word {word!r} is not in the prompt {prompt!r}{cut}")
+        raise WordError(
+            f"the word {word!r} is beyond the {len(read)} tokens that are read of the prompt: "
+            "name it earlier"
+        )
     return sorted(set(found))
 
 
-def prompt_tokens(tokenizer, prompt: str) -> list[str]:
-    """A prompt's tokens from the start to the end token, cut as `encode_text` cuts."""
-    ids = tokenizer(prompt, truncation=True, max_length=tokenizer.model_max_length).input_ids
-    return tokenizer.convert_ids_to_tokens(ids)
+def prompt_ids(tokenizer, prompt: str, length: int | None = None) -> tuple[list[int], list[int]]:
+    """A prompt's tokens from the start to the end token as they are read, and those cut off.
+
+    Args:
+        tokenizer: CLIP's.
+        prompt: any text.
+        length: tokens that are read, by default the tokenizer's own number.
+    """
+    length = length or tokenizer.model_max_length
+    whole = tokenizer(prompt, verbose=False).input_ids
+    if len(whole) <= length:
+        return whole, []
+    return whole[: length - 1] + whole[-1:], whole[length - 1 : -1]
 
 
-def _bare(words: list[str]) -> list[str]:
-    return [word.strip(".,;:!?\"'()").lower() for word in words]
+def _covering(tokenizer, prompt: str, start: int, end: int) -> range:
+    """The tokens of the whole prompt that any of its characters from start to end are in."""
+    if (
+        not tokenizer.is_fast
+    ):  # before transformers 5: these tell no offsets, but words stand alone
+        first, last = (len(tokenizer(prompt[:n], verbose=False).input_ids) for n in (start, end))
+        return range(first - 1, last - 1)
+    offsets = tokenizer(prompt, verbose=False, return_offsets_mapping=True).offset_mapping
+    found = [i for i, (a, b) in enumerate(offsets) if a < end and b > start]
+    return range(found[0], found[-1] + 1) if found else range(0)
 
 
-def _phrase(words: list[str]) -> str:
-    bare = _bare(words)
-    while len(bare) > 1 and bare[0] in ARTICLES:
-        bare.pop(0)
-    return " ".join(bare)
+class Unit(NamedTuple):
+    """What words are compared by: a word's characters, a letter of `UNSPACED`, or a symbol."""
+
+    start: int
+    end: int
+    key: str  # composed and in small letters
 
 
-def _places(word: str, text: str) -> list[int]:
-    parts = r"\W+".join(map(re.escape, word.split()))
-    return [m.start() for m in re.finditer(rf"(?<!\w){parts}(?!\w)", text, re.IGNORECASE)]
+def units(text: str) -> list[Unit]:
+    """A text's words in any script; spaces and punctuation, apostrophes too, part them."""
+    spans: list[list[int]] = []
+    before = ""  # kind of the character before
+    for i, char in enumerate(text):
+        category = unicodedata.category(char)
+        kind = "word" if category[0] in "LN" or char == "_" else ""
+        if kind and UNSPACED.match(char):
+            kind = "letter"
+        elif category[0] == "M" or char in JOINERS or (category == "Sk" and not char.isascii()):
+            kind = before  # a mark or a tone belongs to what it stands on
+        elif category == "So":
+            kind = "symbol"
+        marks = kind == before and (kind == "word" or category[0] == "M" or category == "Sk")
+        if kind and (marks or (before and (char in JOINERS or text[i - 1] == "\u200d"))):
+            spans[-1][1] = i + 1
+        elif kind:
+            spans.append([i, i + 1])
+        before = kind
+    keys = (unicodedata.normalize("NFC", text[a:b]).lower() for a, b in spans)
+    return [Unit(a, b, key) for (a, b), key in zip(spans, keys, strict=True)]
+
+
+def _phrase(words: list[Unit], text: str) -> str:
+    while len(words) > 1 and words[0].key in ARTICLES:
+        words = words[1:]
+    return text[words[0].start : words[-1].end].lower()
+
+
+def _places(word: str, text: str) -> list[tuple[int, int]]:
+    """Where a word or phrase stands in a text, from its first character to behind its last."""
+    wanted, there = [unit.key for unit in units(word)], units(text)
+    starts = range(len(there) - len(wanted) + 1) if wanted else ()
+    return [
+        (there[i].start, there[i + len(wanted) - 1].end)
+        for i in starts
+        if [unit.key for unit in there[i : i + len(wanted)]] == wanted
+    ]

@@ -269,7 +269,7 @@ def test_words_are_found_among_the_tokens(tokenizer):
     for absent in ("fish", "wolf", "circle red", "wolfish cat"):
         with pytest.raises(WordError, match=f"'{absent}' is not in the prompt 'a Red"):
             word_tokens(tokenizer, prompt, absent)
-    with pytest.raises(WordError, match="within the length that is read"):
+    with pytest.raises(WordError, match="beyond the 77 tokens that are read"):
         word_tokens(tokenizer, "a " * 80 + "star", "star")
 
 

@@ -267,7 +267,7 @@ class TestPropagation:
         pipe.settings = dataclasses.replace(pipe.settings, steps=20)
         job = _Job(pipe, 20, 1.0, "", None, None, (), False)
         with torch.no_grad():
-            found = job.edit(pipe._pixels[0], None, "", 0.5, "canny", None)
+            found = job.edit(pipe._pixels[0], None, job.texts(""), 0.5, "canny", None)
             latents = pipe._encode_video(pipe._pixels[:1], 1)
             plain = pipe._decode(latents, "pt", 1)[0, 0]
         assert (found - plain).abs().mean() < 0.02
