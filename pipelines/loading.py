@@ -82,12 +82,12 @@ def load_pipeline(
 
 
 def quiet_class(method: str) -> type[OneShotPipeline]:
-    """A method's class, with the libraries' own bars and advice about torchvision switched off."""
+    """A method's class, with the libraries' own bars and advice switched off."""
     import diffusers
     import transformers
 
-    transformers.utils.logging.set_verbosity_error()
     for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
     return pipeline_class(method)
 
@@ -121,4 +121,6 @@ def loading(what: str) -> Iterator[None]:
         if out_of_memory(error):
             raise
         reason = " ".join(str(error).split()) or type(error).__name__
+        if "meta tensor" in reason:
+            reason = "weights are missing in it"
         raise ModelError(f"cannot load {what}: {reason[:300]}") from error

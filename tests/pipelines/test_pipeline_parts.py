@@ -9,26 +9,10 @@ import torch
 from diffusers import (
     StableDiffusionPipeline,
 )
-from tiny_pipelines import loader, noisy_clip, save_model
 
 from tvkernels.pipelines.cache import Cache
 
 PROMPT = "a red circle on a blue striped background"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return save_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture
-def load(folder):
-    return loader(folder)
-
-
-@pytest.fixture
-def clip():
-    return noisy_clip()
 
 
 def test_adapters_are_in_the_keys(load, clip, tmp_path):

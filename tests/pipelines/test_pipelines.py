@@ -22,7 +22,6 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from diffusers.callbacks import SDCFGCutoffCallback
-from tiny_pipelines import loader, noisy_clip, save_model
 
 from tvkernels.demo import MODEL_DIR
 from tvkernels.pipelines import METHODS, pipeline_class
@@ -33,21 +32,6 @@ from tvkernels.pipelines.one_shot import OneShotPipeline
 from tvkernels.recipes import ABLATIONS
 
 PROMPT = "a red circle on a blue striped background"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return save_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture
-def load(folder):
-    return loader(folder)
-
-
-@pytest.fixture
-def clip():
-    return noisy_clip()
 
 
 def seeded(seed=0):
