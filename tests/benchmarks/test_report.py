@@ -77,6 +77,22 @@ def test_the_readme_is_of_the_stored_rows(results):
     assert tables.update(text, results) == text, f"the README's tables are old: {publish.COMMAND}"
 
 
+def test_figures_in_the_readmes_prose_are_of_rows_and_pages(results):
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    page = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
+    compiled = sum(
+        map(int, re.findall(r"^\| \w+ \| \w+ \| sm_\d+ \| (\d+) \|", page, re.MULTILINE))
+    )
+    assert f"{compiled:,} kernels" in text
+    [points] = re.findall(r"TCVE - the form that the paper writes \| -([\d.]+) ", text)
+    assert f"edits better by {points} points" in text
+    told = re.search(r"EI2's sampling step.*? ms with every op.*?`compile`\.", text)[0]
+    steps = [f"{1000 * row['step_s']:.0f}" for row in results["runtimes"]]
+    said = re.findall(r"\b\d{3}\b", told)
+    assert len(said) == 8 and set(said) <= set(steps)
+    assert f"{int(said[0]) / int(said[4]):.1f} times as fast as the reference" in told
+
+
 def test_the_pictures_are_of_the_stored_rows(results):
     """Without matplotlib: each holds a digest of what it shows."""
     for name, found in figures.all_figures(results).items():
