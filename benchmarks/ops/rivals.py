@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tvkernels._dispatch import BACKENDS, OPS
 from tvkernels.benchmarks.ops.dense import ATTENTION, Unfit, dense
-from tvkernels.processors.libraries import LIBRARIES
+from tvkernels.processors.libraries import LIBRARIES, attention
 from tvkernels.testing.calls import registered_arguments, tensors
 from tvkernels.testing.spec import OpSpec
 
@@ -26,7 +26,7 @@ AS_USED, KERNEL = "as used", "kernel"
 COMPILED = "reference-compiled"
 FLEX = "flex"
 # PyTorch's own choice is one of its four kernels, each of which is measured.
-ENGINES = {name: load for name, load in LIBRARIES.items() if name != "sdpa"}
+ENGINES = [name for name in LIBRARIES if name != "sdpa"]
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def _compiled(spec: OpSpec, args) -> Callable[[], Any]:
 
 def _dense(name: str, spec: OpSpec, args) -> list[Provider]:
     """A library's attention over queries, keys and values that lie one after the other."""
-    attend = ENGINES[name]()
+    attend = attention(name)
     problem = dense(spec, args)
     lossy = name == "sage"
     kept = functools.partial(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 from collections.abc import Callable
+from functools import partial
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,64 +16,58 @@ Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 def attention(name: str) -> Attend:
     """A library's function of q [B, N, H, D], k, v [B, M, H, D] and the scale -> [B, N, H, D].
 
+    Functions of modules, so that a model that holds them can be pickled.
+
     Raises:
         ValueError: unknown name.
         ImportError: the library is not installed.
     """
     if name not in LIBRARIES:
         raise ValueError(f"unknown attention {name!r}: use one of {', '.join(LIBRARIES)}")
+    module, attend = LIBRARIES[name]
     try:
-        return LIBRARIES[name]()
+        importlib.import_module(module)
     except ImportError as error:
         raise ImportError(f"attention {name!r} is not to be had here: {error}") from error
-
-
-def _sdpa(backend: SDPBackend | None = None) -> Attend:
-    def attend(q, k, v, scale):
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        if backend is None:
-            return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
-        with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
-
     return attend
 
 
-def _xformers() -> Attend:
-    ops = importlib.import_module("xformers.ops")
-    return lambda q, k, v, scale: ops.memory_efficient_attention(q, k, v, scale=scale)
+def _sdpa(q, k, v, scale):
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
 
 
-def _flash_attn() -> Attend:
-    attend = importlib.import_module("flash_attn").flash_attn_func
-    return lambda q, k, v, scale: attend(q, k, v, softmax_scale=scale)
+def _forced(kernel: str, q, k, v, scale):
+    with sdpa_kernel(getattr(SDPBackend, kernel)):
+        return _sdpa(q, k, v, scale)
 
 
-def _flash_attn_newer(module: str) -> Attend:
-    attend = importlib.import_module(module).flash_attn_func
-
-    def run(q, k, v, scale):
-        out = attend(q, k, v, softmax_scale=scale)
-        return out[0] if isinstance(out, tuple) else out
-
-    return run
+def _xformers(q, k, v, scale):
+    attend = importlib.import_module("xformers.ops").memory_efficient_attention
+    return attend(q, k, v, scale=scale)
 
 
-def _sage() -> Attend:
+def _flash_attn(module: str, q, k, v, scale):
+    out = importlib.import_module(module).flash_attn_func(q, k, v, softmax_scale=scale)
+    return out[0] if isinstance(out, tuple) else out
+
+
+def _sage(q, k, v, scale):
     attend = importlib.import_module("sageattention").sageattn
-    return lambda q, k, v, scale: attend(q, k, v, tensor_layout="NHD", sm_scale=scale)
+    return attend(q, k, v, tensor_layout="NHD", sm_scale=scale)
 
 
-# "sdpa" lets PyTorch choose; the four after it are its kernels, forced.
-LIBRARIES: dict[str, Callable[[], Attend]] = {
-    "sdpa": _sdpa,
-    "sdpa-flash": functools.partial(_sdpa, SDPBackend.FLASH_ATTENTION),
-    "sdpa-cudnn": functools.partial(_sdpa, SDPBackend.CUDNN_ATTENTION),
-    "sdpa-efficient": functools.partial(_sdpa, SDPBackend.EFFICIENT_ATTENTION),
-    "sdpa-math": functools.partial(_sdpa, SDPBackend.MATH),
-    "xformers": _xformers,
-    "flash-attn": _flash_attn,
-    "flash-attn-3": functools.partial(_flash_attn_newer, "flash_attn_interface"),
-    "flash-attn-4": functools.partial(_flash_attn_newer, "flash_attn.cute"),
-    "sage": _sage,
+# Name -> the module that it needs and its function. "sdpa" lets PyTorch choose; the four after it
+# are its kernels, forced.
+LIBRARIES: dict[str, tuple[str, Attend]] = {
+    "sdpa": ("torch", _sdpa),
+    "sdpa-flash": ("torch", partial(_forced, "FLASH_ATTENTION")),
+    "sdpa-cudnn": ("torch", partial(_forced, "CUDNN_ATTENTION")),
+    "sdpa-efficient": ("torch", partial(_forced, "EFFICIENT_ATTENTION")),
+    "sdpa-math": ("torch", partial(_forced, "MATH")),
+    "xformers": ("xformers.ops", _xformers),
+    "flash-attn": ("flash_attn", partial(_flash_attn, "flash_attn")),
+    "flash-attn-3": ("flash_attn_interface", partial(_flash_attn, "flash_attn_interface")),
+    "flash-attn-4": ("flash_attn.cute", partial(_flash_attn, "flash_attn.cute")),
+    "sage": ("sageattention", _sage),
 }
