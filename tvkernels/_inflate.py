@@ -19,7 +19,7 @@ from tvkernels.nn import (
     TemporalUNet,
 )
 from tvkernels.nn.temporal_unet import Joint
-from tvkernels.nn.time import TimeEmbedding, TimeProjection
+from tvkernels.nn.time import Projection, TimeTable, embed, project
 from tvkernels.patterns import FramePattern
 from tvkernels.processors.attention import TextAttnProcessor, project_context
 from tvkernels.processors.clip import Clip, Span
@@ -29,6 +29,7 @@ from tvkernels.processors.install import (
     check_replaceable,
     choose_processors,
 )
+from tvkernels.processors.touched import Guests, every, guests, is_a, untouched
 from tvkernels.recipes import Recipe, TemporalModule, TemporalUnet
 
 # Inputs beside the text that other families need (SDXL, unCLIP, class-conditional models).
@@ -43,6 +44,16 @@ ROWS = {"cpu": 2048}
 ROWS_ON_DEVICE = 16384
 
 
+CAST = (
+    "inflate needs a UNet whose weights are stored as they compute, this one's are cast layer by "
+    "layer, which fused kernels would read: load it without enable_layerwise_casting()"
+)
+STALE_TIME = (
+    "a row of projected timesteps passes by what was put on the UNet's time layers later (LoRA, "
+    "hooks, offloading): call it with the timestep"
+)
+
+
 class InflatedHandle(Handle):
     """The handle of an inflated UNet: what it tunes, and what of it is worth keeping.
 
@@ -55,7 +66,8 @@ class InflatedHandle(Handle):
         super().__init__(model, clip)
         self.recipe = recipe
         self._spectral: list[SpectralLinear] = []
-        self._time: list[TimeProjection] = []
+        self._time: TimeTable | None = None
+        self._adapters: tuple = ()
 
     def tuned_parameters(self) -> dict[str, nn.Parameter]:
         """name -> parameter that tuning reaches; all others are frozen."""
@@ -101,7 +113,26 @@ class InflatedHandle(Handle):
     @property
     def time_width(self) -> int | None:
         """T of `project_time`'s result; None where the UNet has no such table."""
-        return self._time[0].span.total if self._time else None
+        return self._time.width if self._time else None
+
+    def holds_text(self) -> bool:
+        """Whether `project_text` stands for the text: there are no hooks on the layers, and their
+        weights are where they can be read."""
+        if self.text_width is None or guests(self.model).moved:
+            return False
+        return all(untouched(part) for layer in self._cross() for part in (layer.to_k, layer.to_v))
+
+    def holds_time(self) -> bool:
+        """Whether `project_time` stands for the timestep, as `holds_text`; nor are there layers
+        that came after inflation."""
+        return self._time is not None and self._time.in_place() and not guests(self.model).moved
+
+    def _cross(self) -> list[nn.Module]:
+        return [
+            self._layers[name]
+            for name, processor in self.processors.items()
+            if isinstance(processor, TextAttnProcessor)
+        ]
 
     @torch.no_grad()
     def project_text(self, states: Tensor) -> Tensor:
@@ -120,11 +151,7 @@ class InflatedHandle(Handle):
         width = self.model.config.cross_attention_dim
         if states.dim() != 3 or states.shape[-1] != width:
             raise ValueError(f"text states are [B, L, {width}], got {tuple(states.shape)}")
-        layers = [
-            self._layers[name]
-            for name, processor in self.processors.items()
-            if isinstance(processor, TextAttnProcessor)
-        ]
+        layers = self._cross()
         own = _beside(layers[0].to_k, states)  # an offloaded UNet may be elsewhere
         pairs = (project_context(layer, own, cross=True) for layer in layers)
         return torch.cat([x.flatten(2) for pair in pairs for x in pair], -1).to(states.device)
@@ -143,19 +170,41 @@ class InflatedHandle(Handle):
             ValueError: the UNet embeds more than the timestep (LCM's guidance, an activation
                 after the embedding), which a table of timesteps cannot hold.
         """
-        if not self._time:
+        if self._time is None:
             raise ValueError("this UNet's time embedding has no table: call it with the timestep")
-        unet = self.model
-        own = _beside(self._time[0], timesteps)
-        embedded = unet.time_embedding._embedding[0](unet.time_proj(own).to(unet.dtype))
-        rows = torch.cat([projection(embedded) for projection in self._time], -1)
-        return rows.to(timesteps.device)
+        if not self.holds_time():
+            raise ValueError(STALE_TIME)
+        own = _beside(self._time.projections[0].layer, timesteps)
+        return self._time.rows(own).to(timesteps.device)
+
+    def check(self) -> Guests:
+        """As `Handle.check`.
+
+        Raises:
+            TypeError: weights are cast layer by layer, which was switched on after inflation.
+        """
+        found = super().check()
+        if found.cast:
+            raise TypeError(CAST)
+        if found.adapters != self._adapters:
+            self._adapters = found.adapters
+            for module in self._spectral:  # a merge leaves no trace on a weight
+                module.weight_changed()
+        return found
+
+    def weights_changed(self) -> None:
+        """Works out anew what was worked out from the weights."""
+        for module in self._spectral:
+            module.weight_changed()
+        self.settle()
 
     def settle(self) -> None:
         """Works out now what sampling would work out from the weights at its first call.
 
         A program taken from the UNet then reads spectral norms and does not compute them.
         """
+        if guests(self.model).moved:
+            return  # it is only at the call that the weights are there
         with torch.no_grad():
             for module in self._spectral:
                 _ = module.sigma
@@ -166,11 +215,10 @@ class InflatedHandle(Handle):
         Args:
             how: torch.compile's arguments.
         """
-        for block in self.model.modules():
-            if type(block).__name__ == "BasicTransformerBlock":
-                self._undo.append(partial(setattr, block, "_compiled_call_impl", None))
-                vars(block.ff).pop("forward", None)  # one object each would be one graph each
-                block.compile(**how)
+        for block in _blocks(self.model):
+            self._undo.append(partial(setattr, block, "_compiled_call_impl", None))
+            vars(block.ff).pop("forward", None)  # one object each would be one graph each
+            block.compile(**how)
 
     def keep(self, tensors: dict[str, Tensor]) -> None:
         """Has `remove` put back these values, given by state-dict name, as they are now."""
@@ -182,7 +230,14 @@ class InflatedHandle(Handle):
             for module in self._spectral:
                 if module.weight.requires_grad:
                     module.power_iterate()
-        return super()._enter(model, args, kwargs)
+        args, kwargs = super()._enter(model, args, kwargs)
+        if self._time is not None:
+            place = self._parameters.index("timestep_cond")
+            row = args[place] if len(args) > place else kwargs.get("timestep_cond")
+            if row is not None and not torch.compiler.is_compiling() and not self._time.in_place():
+                raise ValueError(STALE_TIME)
+            self._time.begin(row is not None)
+        return args, kwargs
 
 
 def inflate(
@@ -217,7 +272,7 @@ def inflate(
         ImportError: that library is not installed.
     """
     unet = getattr(unet, "_orig_mod", unet)  # of torch.compile, which sees the change itself
-    _check_family(unet)
+    _check_family(unet, recipe)
     pattern = recipe.pattern
     pattern = pattern if isinstance(pattern, FramePattern) else dict(pattern)
     clip = Clip(num_frames)
@@ -252,19 +307,21 @@ def is_tuned(name: str, recipe: Recipe) -> bool:
     return ".lora_" not in name and any(f".{part}." in f".{name}." for part in recipe.tuned)
 
 
-def _check_family(unet: nn.Module) -> None:
+def _check_family(unet: nn.Module, recipe: Recipe) -> None:
     need = "inflate needs diffusers' UNet2DConditionModel of an SD-1.x model, got "
-    if not any(kind.__name__ == "UNet2DConditionModel" for kind in type(unet).__mro__):
+    if not is_a(unet, "UNet2DConditionModel"):
         raise TypeError(need + type(unet).__name__)
     foreign = {key: getattr(unet.config, key, None) for key in FOREIGN}
     foreign = {key: value for key, value in foreign.items() if value is not None}
     if foreign:
         raise TypeError(f"{need}one with {foreign}")
-    hooks = (getattr(getattr(m, "_diffusers_hook", None), "hooks", {}) for m in unet.modules())
-    if any("layerwise_casting" in own for own in hooks):
+    found = guests(unet)
+    if found.cast:
+        raise TypeError(CAST)
+    if found.moved and (recipe.temporal is not None or recipe.temporal_unet is not None):
         raise TypeError(
-            f"{need}one whose weights are cast layer by layer, which fused kernels read as they "
-            "are stored: load it without enable_layerwise_casting()"
+            f"the recipe {recipe.name} adds layers, which offloading that is on already does not "
+            "reach: switch it on after inflation"
         )
 
 
@@ -317,53 +374,57 @@ def _share_time(handle: InflatedHandle) -> None:
     unet = handle.model
     if unet.config.time_cond_proj_dim is not None or unet.time_embed_act is not None:
         return
-    resnets = [m for m in unet.modules() if type(m).__name__ == "ResnetBlock2D"]
-    if any(type(resnet.time_emb_proj) is not nn.Linear for resnet in resnets):
-        return  # LoRA and quantised layers are called as they are
-    parts = spans([resnet.time_emb_proj.out_features for resnet in resnets])
-    if parts and parts[0].total == resnets[0].time_emb_proj.in_features:
+    resnets = list(_resnets(unet))
+    layers = [resnet.time_emb_proj for resnet in resnets]
+    widths = [getattr(layer, "out_features", None) for layer in layers]
+    if not widths or None in widths or sum(widths) == unet.time_embedding.linear_2.out_features:
         return  # a table could not be told from an embedding
-    _replace(handle, unet, "time_embedding", TimeEmbedding(unet.time_embedding, handle.clip))
-    for resnet, part in zip(resnets, parts, strict=True):
-        act = nn.Identity() if resnet.skip_time_act else resnet.nonlinearity
-        projection = TimeProjection(resnet.time_emb_proj, act, part)
-        _replace(handle, resnet, "time_emb_proj", projection)
+    forward = partial(embed, unet.time_embedding.forward, handle.clip)
+    handle.place_forward(unet.time_embedding, forward)
+    parts = []
+    for resnet, layer, span in zip(resnets, layers, spans(widths), strict=True):
+        own = partial(project, layer.forward, span)
+        handle.place_forward(layer, own)
         handle._undo.append(partial(setattr, resnet, "skip_time_act", resnet.skip_time_act))
-        resnet.skip_time_act = True
-        handle._time.append(projection)
+        parts.append(Projection(resnet, layer, own, span, resnet.skip_time_act))
+    handle._time = TimeTable(unet, unet.time_embedding, forward, handle.clip, parts)
 
 
-def _replace(handle: InflatedHandle, parent: nn.Module, name: str, module: nn.Module) -> None:
-    handle._undo.append(partial(setattr, parent, name, getattr(parent, name)))
-    setattr(parent, name, module)
+def _blocks(unet: nn.Module) -> Iterator[nn.Module]:
+    """Transformer blocks, whatever class they are of."""
+    return (m for m in unet.modules() if hasattr(m, "attn1") and hasattr(m, "ff"))
+
+
+def _resnets(unet: nn.Module) -> Iterator[nn.Module]:
+    return (m for m in unet.modules() if hasattr(m, "time_emb_proj") and hasattr(m, "conv1"))
 
 
 def _pool_group_norms(handle: InflatedHandle) -> None:
     """The ResNets' norms and the last one; a transformer's own norm stays per frame."""
-    for parent in list(handle.model.modules()):
-        in_resnet = type(parent).__name__ == "ResnetBlock2D"
-        for name, norm in list(parent.named_children()):
-            last = parent is handle.model and name == "conv_norm_out"
-            if isinstance(norm, nn.GroupNorm) and (in_resnet or last):
-                _replace(handle, parent, name, ClipGroupNorm(norm, handle.clip))
+    unet = handle.model
+    norms = [(unet, "conv_norm_out", unet.conv_norm_out)]
+    norms += [(r, name, norm) for r in _resnets(unet) for name, norm in r.named_children()]
+    for parent, name, norm in norms:
+        if isinstance(norm, nn.GroupNorm):
+            handle.place_module(parent, name, ClipGroupNorm(norm, handle.clip))
 
 
 def _part_feed_forwards(handle: InflatedHandle) -> None:
-    for block in handle.model.modules():
-        if type(block).__name__ == "BasicTransformerBlock":
-            block.ff.forward = partial(_in_parts, block.ff.forward)
-            handle._undo.append(partial(vars(block.ff).pop, "forward", None))
+    for block in _blocks(handle.model):
+        handle.place_forward(block.ff, partial(_in_parts, block.ff, block.ff.forward))
 
 
-def _in_parts(forward: Callable[[Tensor], Tensor], x: Tensor, *args, **kwargs) -> Tensor:
-    """A feed-forward of [n, tokens, C], some images at a time; whole where it is differentiated or
-    compiled.
+def _in_parts(
+    ff: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor, *args, **kwargs
+) -> Tensor:
+    """A feed-forward of [n, tokens, C], some images at a time; whole where it is differentiated,
+    compiled, or hooks on its layers look at the batch.
     """
     # Asked first: a size that is looked at would be fixed in an exported program.
     if torch.compiler.is_compiling() or torch.is_grad_enabled():
         return forward(x, *args, **kwargs)
     images = max(ROWS.get(x.device.type, ROWS_ON_DEVICE) // x.shape[1], 1)
-    if len(x) <= images:
+    if len(x) <= images or not all(untouched(layer) for layer in every(ff) if layer is not ff):
         return forward(x, *args, **kwargs)
     out = torch.empty_like(x)
     for part, place in zip(x.split(images), out.split(images), strict=True):
@@ -374,14 +435,11 @@ def _in_parts(forward: Callable[[Tensor], Tensor], x: Tensor, *args, **kwargs) -
 def _add_temporal(
     handle: InflatedHandle, spec: TemporalModule, generator: torch.Generator | None
 ) -> None:
-    for block in list(handle.model.modules()):
-        if type(block).__name__ != "BasicTransformerBlock":
-            continue
+    for block in list(_blocks(handle.model)):
         module = build_temporal(block.attn1.query_dim, block.attn1.heads, spec, generator)
-        block.attn_temp = module.to(handle.model.device, handle.model.dtype).train(block.training)
-        handle._undo.append(partial(delattr, block, "attn_temp"))
-        hook = block.register_forward_hook(partial(_run_temporal, handle.clip))
-        handle._undo.append(hook.remove)
+        module.to(handle.model.device, handle.model.dtype).train(block.training)
+        handle.place_module(block, "attn_temp", module)
+        handle.place_hook(block, partial(_run_temporal, handle.clip))
         handle._spectral += [m for m in module.modules() if isinstance(m, SpectralLinear)]
 
 
@@ -415,15 +473,17 @@ def _add_temporal_unet(
             config.in_channels, config.block_out_channels, config.layers_per_block,
             config.norm_num_groups, heads, middle=unet.mid_block is not None, **asdict(spec),
         )  # fmt: skip
-    unet.temporal_unet = net.to(unet.device, unet.dtype).train(unet.training)
-    handle._undo.append(partial(delattr, unet, "temporal_unet"))
+    handle.place_module(
+        unet, "temporal_unet", net.to(unet.device, unet.dtype).train(unet.training)
+    )
     joint = Joint(handle.clip, net)
     hooks = [(unet.conv_in, joint.begin)] if spec.branch else []
     if net.mid_stb is not None:
         hooks.append((unet.mid_block, partial(joint.join, net.mid_stb)))
     pairs = zip(unet.up_blocks, net.up_stb, strict=True)
     hooks += [(block, partial(joint.join, unit)) for block, unit in pairs]
-    handle._undo += [block.register_forward_hook(run).remove for block, run in hooks]
+    for block, run in hooks:
+        handle.place_hook(block, run)
 
 
 @contextmanager

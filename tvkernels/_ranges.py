@@ -132,6 +132,11 @@ class _Layer:
             self.opened.pop().__exit__(None, None, None)
 
 
+def is_range(hook) -> bool:
+    """Whether a module's hook is one of these, which change nothing."""
+    return isinstance(getattr(hook, "__self__", None), _Layer)
+
+
 def _switch(wanted: bool) -> bool:
     """Returns what was before."""
     global _on

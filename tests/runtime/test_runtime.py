@@ -149,8 +149,11 @@ def test_what_cannot_run_says_why():
         runner = accelerate(unet)
         with pytest.raises(ValueError, match="6 images are not 2 clips of 4 frames"):
             runner(sample, t, text, cross_attention_kwargs={"num_frames": 4})
-        with pytest.raises(ValueError, match=r"cannot honour cross_attention_kwargs \['scale'\]"):
-            runner(sample, t, text, cross_attention_kwargs={"scale": 1.0})
+        with pytest.raises(ValueError, match=r"cannot honour cross_attention_kwargs \['gligen'\]"):
+            runner(sample, t, text, cross_attention_kwargs={"gligen": 1})
+        compiled = accelerate(unet, "compile")
+        with pytest.raises(ValueError, match=r"compile cannot honour .* \['scale'\]"):
+            compiled(sample, t, text, cross_attention_kwargs={"scale": 0.5})
 
 
 def test_graphs_are_captured_again_where_weights_lie_elsewhere(monkeypatch):

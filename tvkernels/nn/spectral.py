@@ -54,6 +54,10 @@ class SpectralLinear(nn.Linear):
             self._stale = False
         return self.exact
 
+    def weight_changed(self) -> None:
+        """To be called after a change that a weight's version does not show."""
+        self._stale = True
+
     def fold(self) -> Tensor:
         """W / sigma_max(W), the weight of the equal plain linear layer."""
         sigma = spectral_sigma(self.weight.detach())
@@ -70,7 +74,7 @@ class SpectralLinear(nn.Linear):
     def _apply(self, fn, *args, **kwargs):
         """Moves with the module; u, v and sigma stay float32 at least."""
         super()._apply(fn, *args, **kwargs)
-        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        wide = self.weight.dtype if self.weight.dtype == torch.float64 else torch.float32
         self.u, self.v, self.exact = (t.to(wide) for t in (self.u, self.v, self.exact))
         self._stale = True
         return self

@@ -11,6 +11,7 @@ from tvkernels.ops.shift_restricted_temporal_attention.api import (
     shift_restricted_temporal_attention,
 )
 from tvkernels.ops.temporal_attention.api import temporal_attention
+from tvkernels.processors.touched import is_plain
 
 NORMS = {
     "layer_norm": nn.LayerNorm,
@@ -79,9 +80,11 @@ class ShiftRestrictedTemporalAttention(TemporalAttention):
     def forward(self, z: Tensor) -> Tensor:
         """[B, F, N, C] -> the same shape."""
         q, k, v, out = self.to_q, self.to_k, self.to_v, self.to_out[0]
-        plain = type(q) is type(k) is nn.Linear and type(v) is type(out) is SpectralLinear
+        plain = is_plain(q, nn.Linear) and is_plain(k, nn.Linear)
+        plain = plain and is_plain(v, SpectralLinear) and is_plain(out, SpectralLinear)
         if not plain or torch.is_autocast_enabled(z.device.type):
-            # LoRA and quantised layers, and autocast, work only on layers called as modules.
+            # LoRA, quantised and offloaded layers, and autocast, work only on layers called as
+            # modules.
             return super().forward(z)
         return shift_restricted_temporal_attention(
             z,

@@ -32,6 +32,7 @@ from tvkernels.nn.temporal import TemporalAttention
 from tvkernels.ops.clip_group_norm.api import clip_group_norm
 from tvkernels.ops.temporal_conv.api import temporal_conv
 from tvkernels.processors.clip import Clip
+from tvkernels.processors.touched import is_plain
 
 GROUPS = 8  # of a unit's norm, as published
 
@@ -41,6 +42,8 @@ def convolve(
     residual: Tensor | None = None, frames: int | None = None,
 ) -> Tensor:  # fmt: skip
     """`temporal_conv` with a layer's weights and those of a norm before it; autocast counts."""
+    if not (is_plain(conv, nn.Conv1d) and (norm is None or is_plain(norm, nn.GroupNorm))):
+        return _called(conv, x, norm, residual, frames)
     tensors = {"x": x, "weight": conv.weight, "bias": conv.bias, "residual": residual}
     options = {"stride": conv.stride[0], "frames": frames}
     if norm is not None:
@@ -50,6 +53,17 @@ def convolve(
         narrow = torch.get_autocast_dtype(x.device.type)
         tensors = {name: t if t is None else t.to(narrow) for name, t in tensors.items()}
     return temporal_conv(**tensors, **options)
+
+
+def _called(conv, x, norm, residual, frames):
+    """`convolve` of layers that work only when they are called: with adapters or hooks."""
+    b, f, _, h, w = x.shape
+    y = x.permute(0, 3, 4, 2, 1).flatten(0, 2)
+    y = y if norm is None else F.silu(norm(y))
+    if frames not in (None, f):
+        y = y[..., nearest(frames, f, x.device)]
+    y = conv(y).unflatten(0, (b, h, w)).permute(0, 4, 3, 1, 2)
+    return y if residual is None else y + residual
 
 
 class TemporalResnet(nn.Module):
@@ -132,8 +146,11 @@ class SpatialTemporalUnit(nn.Module):
         if self.conv is None:
             return x
         norm = self.norm
-        x = x.to(norm.weight.dtype)  # another one under autocast alone
-        x = clip_group_norm(x, norm.weight, norm.bias, norm.num_groups, eps=norm.eps)
+        if is_plain(norm, nn.GroupNorm):
+            x = x.to(norm.weight.dtype)  # another one under autocast alone
+            x = clip_group_norm(x, norm.weight, norm.bias, norm.num_groups, eps=norm.eps)
+        else:
+            x = norm(x.transpose(1, 2)).transpose(1, 2)
         return spatial + F.silu(self.conv(x.transpose(1, 2))).transpose(1, 2)
 
 

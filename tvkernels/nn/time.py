@@ -1,56 +1,104 @@
-"""The timestep's way into a UNet: once a call, or once a schedule, in place of once an image."""
+"""The timestep's way into a UNet: once a call, or once a schedule, instead of once an image.
+
+Both are `forward`s put on diffusers' own modules, which keep their names and places: what adapters
+replace later is replaced, and a row is refused where it would pass by them.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
 from torch import Tensor, nn
 
 from tvkernels.processors.clip import Clip, Span
+from tvkernels.processors.touched import untouched
 
 
-class TimeEmbedding(nn.Module):
-    """A UNet's `time_embedding`: one row where one timestep serves all, none where it is known.
+def embed(forward: Callable, clip: Clip, sample: Tensor, condition: Tensor | None = None):
+    """A UNet's `time_embedding`: [B * F, C] sinusoids -> [1 or B * F, E].
 
-    What follows broadcasts over the batch, so that every ResNet projects one row too.
+    One row where one timestep serves all, as what follows broadcasts over the batch; `condition`,
+    a row of a `TimeTable`, as it is.
+    """
+    if condition is not None:
+        return condition
+    return forward(sample[:1] if clip.one_time else sample)
+
+
+def project(forward: Callable, span: Span, temb: Tensor) -> Tensor:
+    """A ResNet's `time_emb_proj`: [n, E] embeddings, or a row of a `TimeTable` -> [n, C]."""
+    return span.read(temb) if temb.shape[-1] == span.total else forward(temb)
+
+
+@dataclass
+class Projection:
+    """One ResNet's part of a `TimeTable`.
 
     Args:
-        embedding: diffusers' `TimestepEmbedding`, whose layers stay under their names.
+        resnet: diffusers' ResnetBlock2D.
+        layer: its `time_emb_proj` when it was inflated.
+        forward: what stands as that layer's `forward`.
+        span: its part of a row.
+        activated: whether the ResNet takes embeddings that are activated already.
+    """
+
+    resnet: nn.Module
+    layer: nn.Module
+    forward: partial
+    span: Span
+    activated: bool
+
+    def in_place(self) -> bool:
+        """Whether a row still gives what the ResNet's own layer would."""
+        there = self.resnet.time_emb_proj
+        return there is self.layer and untouched(there, self.forward)
+
+
+@dataclass
+class TimeTable:
+    """What every ResNet of a UNet adds for its timestep, in rows of one timestep each.
+
+    Args:
+        unet: diffusers' UNet2DConditionModel.
+        embedding: its `time_embedding` when it was inflated.
+        forward: what stands as that module's `forward`.
         clip: of the call under way.
+        projections: of all ResNets.
     """
 
-    def __init__(self, embedding: nn.Module, clip: Clip):
-        super().__init__()
-        for name, child in embedding.named_children():
-            self.add_module(name, child)
-        self._embedding = (embedding,)  # not a child, whose name would be in the state dict
-        self.clip = clip
-        self.train(embedding.training)
+    unet: nn.Module
+    embedding: nn.Module
+    forward: partial
+    clip: Clip
+    projections: list[Projection]
 
-    def forward(self, sample: Tensor, condition: Tensor | None = None) -> Tensor:
-        """[B * F, C] sinusoids -> [1 or B * F, E]; `condition`, projected already, as it is."""
-        if condition is not None:
-            return condition
-        return self._embedding[0](sample[:1] if self.clip.one_time else sample)
+    @property
+    def width(self) -> int:
+        """Of a row."""
+        return self.projections[0].span.total
 
+    def in_place(self) -> bool:
+        """Whether rows are good: no hook or adapter would be passed by or run twice."""
+        there = self.unet.time_embedding
+        own = there is self.embedding and untouched(there, self.forward)
+        return own and all(part.in_place() for part in self.projections)
 
-class TimeProjection(nn.Linear):
-    """A ResNet's `time_emb_proj` with the activation before it, or its part of projected rows.
+    def rows(self, timesteps: Tensor) -> Tensor:
+        """[S] -> [S, width], by the modules that are there."""
+        self.clip.one_time = False
+        embedded = self.unet.time_embedding(self.unet.time_proj(timesteps).to(self.unet.dtype))
+        active = [
+            part.resnet.time_emb_proj(
+                embedded if part.activated else part.resnet.nonlinearity(embedded)
+            )
+            for part in self.projections
+        ]
+        return torch.cat(active, -1)
 
-    Args:
-        linear: the layer it stands in for, whose weight and bias it shares.
-        act: the activation, which the ResNet then leaves out.
-        span: this layer's part of rows from `InflatedHandle.project_time`.
-    """
-
-    def __init__(self, linear: nn.Linear, act: nn.Module, span: Span):
-        nn.Module.__init__(self)
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight, self.bias = linear.weight, linear.bias
-        self._act = (act,)  # the ResNet's own child
-        self.span = span
-        self.train(linear.training)
-
-    def forward(self, temb: Tensor) -> Tensor:
-        """[n, E] embeddings, or [n, total] projected rows -> [n, C]."""
-        if temb.shape[-1] == self.span.total:
-            return self.span.read(temb)
-        return super().forward(self._act[0](temb))
+    def begin(self, known: bool) -> None:
+        """Before a call of the UNet: whether it brings a row, which no ResNet activates."""
+        for part in self.projections:
+            part.resnet.skip_time_act = known or part.activated

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from tvkernels.ops.frame_attention.api import frame_attention
@@ -142,6 +143,12 @@ class FrameAttnProcessor(AttnProcessor):
         """One `frame_attention` over [B, F, N, H, D]."""
         if q.shape[1] != k.shape[1]:
             raise ValueError("FrameAttnProcessor serves self-attention layers only")
+        images = None if torch.compiler.is_compiling() else self.clip.images
+        if images not in (None, q.shape[0]) and self.pattern != FramePattern.own():
+            raise ValueError(
+                f"{q.shape[0]} sequences of tokens for {images} frames: something cuts frames "
+                "into windows, where no frame can read another's"
+            )
         q, k, v = (self.clip.split(x, num_frames) for x in (q, k, v))
         grid = self.clip.grid(q.shape[2])
         pattern = self.pattern if tables is None else tables[self.index]

@@ -19,6 +19,7 @@ class Clip:
         num_frames: frames per clip for every call; None takes the call's own word, else the batch.
         call_frames: frames per clip of the call under way.
         size: (h, w) of the call's latents, from which each layer's token grid follows.
+        images: frames of all clips of the call.
         one_time: whether all images of the call under way are at one timestep.
         one_clip: whether all clips of the call under way are the same, under other texts.
     """
@@ -26,6 +27,7 @@ class Clip:
     num_frames: int | None = None
     call_frames: int | None = None
     size: tuple[int, int] | None = None
+    images: int | None = None
     one_time: bool = False
     one_clip: bool = False
 

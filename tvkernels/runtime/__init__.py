@@ -6,6 +6,7 @@ here:
 | `OPTIONS` | names of its options |
 | `LIVE` | whether its steps read the UNet's own weights and take tables of patterns |
 | `serves(shape)` | what of a call's shape a prepared step is bound to |
+| `DTYPES` | those of a UNet that it takes |
 | `why_not(device)` | every reason against it for a UNet on that kind of device |
 | `prepare(handle, shape, **options)` | a step: (sample, timestep, text[, tables]) -> noise |
 """

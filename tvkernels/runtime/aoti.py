@@ -21,10 +21,11 @@ from tvkernels.runtime import files
 from tvkernels.runtime.compile import why_not as why_not_inductor
 from tvkernels.runtime.files import ArtifactError, artifact_key, artifacts, new_file
 from tvkernels.runtime.program import INPUTS, OUTPUT, Shape, VideoStep, export_program
-from tvkernels.runtime.settings import compile_settings
+from tvkernels.runtime.settings import FLOATS, compile_settings
 
 OPTIONS = ("folder",)
 LIVE = False
+DTYPES = FLOATS
 
 CODE_ALONE = {
     # Stable Diffusion's weights would make a package of 3.4 GB, and of one clip.

@@ -7,13 +7,14 @@ from torch import Tensor
 
 from tvkernels._inflate import InflatedHandle
 from tvkernels.runtime.program import Shape, VideoStep
-from tvkernels.runtime.settings import compile_settings
+from tvkernels.runtime.settings import FLOATS, compile_settings
 
 # A block is the same code as the next one but for where its text lies: a number that varies. There
 # is a graph for each size, at most five of Stable Diffusion's and each for one clip and for two.
 REGIONAL = {"allow_unspec_int_on_nn_module": True, "recompile_limit": 64}
 OPTIONS = ("mode", "regional", "compiler")
 LIVE = True
+DTYPES = FLOATS
 
 
 def serves(shape: Shape) -> object:
@@ -78,9 +79,9 @@ class CompiledStep:
         self.handle, self.step = handle, step
         self.config = {} if config is None else config
 
-    def __call__(self, sample: Tensor, timestep: Tensor, text: Tensor, tables=None, *maps):
+    def __call__(self, sample: Tensor, timestep: Tensor, text: Tensor, tables=None, **more):
         """As `VideoStep.forward`, samples being [B, F, 4, h, w]."""
-        if maps and self.config is REGIONAL:
+        if "tokens" in more and self.config is REGIONAL:
             # They would be compiled again at each layer, for the maps that the others have given.
             raise ValueError("blocks compiled apart give no maps of words: leave out regional")
         if tables is None:
@@ -88,4 +89,4 @@ class CompiledStep:
         # Clips are not among them: inversion has one, guidance two, and each has its graph.
         torch._dynamo.maybe_mark_dynamic(sample, 1)
         with torch._dynamo.config.patch(**self.config):
-            return self.step(sample, timestep, text, tables, *maps)
+            return self.step(sample, timestep, text, tables, **more)

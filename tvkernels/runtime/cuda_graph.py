@@ -10,10 +10,13 @@ from torch import Tensor
 from tvkernels._dispatch import OPS
 from tvkernels._inflate import InflatedHandle
 from tvkernels.patterns import FramePattern
+from tvkernels.processors.touched import guests
 from tvkernels.runtime.program import Shape, VideoStep
+from tvkernels.runtime.settings import FLOATS
 
 OPTIONS = ("compiled",)
 LIVE = True
+DTYPES = FLOATS
 WARM_UPS = 3  # what torch's own capture of callables does: lazy set-up is over by then
 
 
@@ -62,14 +65,18 @@ class Graphs:
         self._captured: dict[tuple, tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]] = {}
         self._pool, self._places = None, []
 
-    def __call__(self, sample: Tensor, timestep: Tensor, text: Tensor, tables=None) -> Tensor:
-        """As `VideoStep.forward`, samples being [B, F, 4, h, w]."""
+    def __call__(
+        self, sample: Tensor, timestep: Tensor, text: Tensor, tables=None, number=None
+    ) -> Tensor:
+        """As `VideoStep.forward`, samples being [B, F, 4, h, w]; a replay shows no timestep."""
         if tables is None:
             tables = self.handle.tables(sample.shape[1], sample.device)
         inputs = [sample, timestep, text, *(x for table in tables for x in table)]
         model = self.handle.model
+        # Graphs hold where the weights were, and how strong adapters were as numbers.
         places = [x.data_ptr() for x in itertools.chain(model.parameters(), model.buffers())]
-        if places != self._places:  # graphs hold where the weights were
+        places.append(guests(model).adapters)
+        if places != self._places:
             self._captured.clear()
             self._places = places
         key = tuple((x.shape, x.dtype) for x in inputs)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from tvkernels._inflate import InflatedHandle
 from tvkernels.runtime.program import Shape, VideoStep
+from tvkernels.runtime.settings import FLOATS
 
 OPTIONS = ()
 LIVE = True
+DTYPES = FLOATS
 
 
 def serves(shape: Shape) -> object:

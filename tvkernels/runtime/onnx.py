@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from tvkernels._inflate import InflatedHandle
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 OPTIONS = ("folder", "opset", "threads")
 LIVE = False
+DTYPES = (torch.float32, torch.float16)  # ONNX's others have no NumPy type to hand over
 # Below 18 torch exports by converting versions; opset 26 makes files that do not load.
 OPSETS = range(18, 26)
 ONE_NODE_ATTENTION = 23  # from this opset on there is an Attention operator

@@ -62,6 +62,8 @@ class VideoStep(nn.Module):
         tables: Sequence[FrameTable] | None = None,
         tokens: Tensor | None = None,
         levels: Sequence[int] = LEVELS,
+        number: Tensor | None = None,
+        scale: float | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """The noise [B * F, 4, h, w]; with `tokens` also their maps, see `TokenMaps.mean`.
 
@@ -73,6 +75,8 @@ class VideoStep(nn.Module):
                 `InflatedHandle.project_text`.
             tables: compiled patterns, `Handle.tables`.
             tokens, levels: of `TokenMaps`.
+            number: [], the timestep that a row stands for: hooks and wrappers of the UNet see it.
+            scale: of LoRA, as in diffusers.
         """
         # Sizes are never divided: products alone stay simple where they are symbols.
         one_clip = False
@@ -85,17 +89,20 @@ class VideoStep(nn.Module):
             sample = sample.reshape(encoder_hidden_states.shape[0] * frames, *sample.shape[1:])
         known = timestep.dim() == 2
         maps = None if tokens is None else TokenMaps(tokens, levels)
+        if known and number is None:
+            number = timestep.new_zeros(())
+        named = {
+            "num_frames": frames,
+            "one_clip": one_clip,
+            "tables": self.tables if tables is None else tables,
+            "maps": maps,
+        }
         noise = self.unet(
             sample,
-            timestep.new_zeros(()) if known else timestep,
+            number if known else timestep,
             encoder_hidden_states,
             timestep_cond=timestep if known else None,
-            cross_attention_kwargs={
-                "num_frames": frames,
-                "one_clip": one_clip,
-                "tables": self.tables if tables is None else tables,
-                "maps": maps,
-            },
+            cross_attention_kwargs=named if scale is None else {**named, "scale": scale},
             return_dict=False,
         )[0]
         return noise if maps is None else (noise, maps.mean())

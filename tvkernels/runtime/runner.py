@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tvkernels._dispatch import BackendError
-from tvkernels._inflate import InflatedHandle
+from tvkernels._inflate import STALE_TIME, InflatedHandle
 from tvkernels._ranges import watch
 from tvkernels.patterns import FrameTable
 from tvkernels.processors.maps import LEVELS
@@ -45,21 +44,27 @@ def accelerate(unet: nn.Module, backend: str = "eager", **options) -> Runner:
             f"this {type(unet).__name__} is not inflated: call tvkernels.inflate(unet, recipe) "
             "first, with recipes.FRAME_BY_FRAME for the plain 2-D UNet"
         )
-    reasons = why_not(backend, handle.model.device.type)
+    reasons = why_not(backend, handle.model.device.type, handle.model.dtype)
     if reasons:
         raise BackendError("\n".join([f"the runtime {backend} cannot run here", *reasons]))
     return Runner(handle, backend, options)
 
 
-def why_not(backend: str, device: str = "cpu") -> list[str]:
-    """Every reason against a backend for a UNet on that kind of device; empty if it runs.
+def why_not(backend: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[str]:
+    """Every reason against a backend for a UNet of that dtype on that kind of device; empty if it
+    runs.
 
     Raises:
         ValueError: unknown backend.
     """
     if backend not in BACKENDS:
         raise ValueError(f"unknown runtime {backend!r}: use one of {', '.join(BACKENDS)}")
-    return _module(backend).why_not(device)
+    module = _module(backend)
+    reasons = module.why_not(device)
+    if dtype not in module.DTYPES:
+        names = ", ".join(str(own).removeprefix("torch.") for own in module.DTYPES)
+        reasons.append(f"the UNet computes in {dtype}, it takes {names}".replace("torch.", ""))
+    return reasons
 
 
 def _module(backend: str):
@@ -85,11 +90,12 @@ class Runner:
                 f"the runtime {backend} has no option {sorted(unknown)[0]!r}: it takes {known}"
             )
         self._steps: dict[tuple, Step] = {}
+        self._weights: tuple = ()  # those that the steps hold, where they hold any
         watch(handle.model)
 
-    def __deepcopy__(self, memo):
-        """Of the copied UNet; what was prepared is prepared anew, and a module is no copy."""
-        return Runner(copy.deepcopy(self.handle, memo), self.backend, dict(self.options))
+    def __reduce__(self):
+        """Copied and pickled without what was prepared, which is prepared anew."""
+        return Runner, (self.handle, self.backend, dict(self.options))
 
     @property
     def config(self):
@@ -102,20 +108,69 @@ class Runner:
         return self.handle.model.dtype
 
     def text(self, states: Tensor) -> Tensor:
-        """[B, L, C] text states as steps take them: projected where the UNet allows it."""
-        return states if self.handle.text_width is None else self.handle.project_text(states)
+        """[B, L, C] text states as steps take them: projected where the UNet allows it.
+
+        What was projected follows the weights: after another adapter, or under another scale, the
+        next call projects it again, in place.
+        """
+        if not self.handle.holds_text():
+            return states
+        projected = self.handle.project_text(states)
+        projected._made = (states, self._state())
+        return projected
 
     def times(self, timesteps: Tensor) -> Sequence[Tensor]:
-        """[S] timesteps as steps take them, one each: projected rows where the UNet has them."""
-        if self.handle.time_width is None:
+        """[S] timesteps as steps take them, one each: projected rows where the UNet has them.
+
+        A row knows its timestep, which the UNet is called with too.
+        """
+        if not self.handle.holds_time():
             return timesteps.unbind()
-        return self.handle.project_time(timesteps).split(1)
+        rows, state = self.handle.project_time(timesteps).split(1), self._state()
+        for row, timestep in zip(rows, timesteps, strict=True):
+            row._made = (timestep, state)
+        return rows
 
     def weights_changed(self) -> None:
-        """To be called after tuning or loading: drops what holds the weights of before."""
+        """To be called where weights were written past autograd; other changes are noticed."""
         if not self._module.LIVE:
             self._steps.clear()
-        self.handle.settle()
+        self.handle.weights_changed()
+
+    def _state(self, scale: float = 1.0) -> tuple:
+        return *self.handle.check().weights, scale
+
+    def _current(self, text: Tensor, timestep: Tensor, state: tuple) -> tuple:
+        """Text and timestep as the weights of now have them, and the timestep as a number."""
+        whole = text if text._base is None else text._base
+        states, before = getattr(whole, "_made", (None, state))
+        if before != state:
+            if not self.handle.holds_text():
+                raise ValueError("text was projected before the UNet changed: call text() again")
+            whole.copy_(self._scaled(state[-1], self.handle.project_text, states))
+            whole._made = (states, state)
+        if timestep.dim() != 2:
+            return text, timestep.reshape(()), None
+        number, before = getattr(timestep, "_made", (None, state))
+        if not self.handle.holds_time():
+            if number is None:
+                raise ValueError(STALE_TIME)
+            return text, number.to(text.device), None
+        if before != state:
+            timestep = self._scaled(state[-1], self.handle.project_time, number[None])
+        return text, timestep, number
+
+    def _scaled(self, scale: float, project: Callable, given: Tensor) -> Tensor:
+        """A projection with adapters as strong as diffusers makes them for a call."""
+        if scale == 1:
+            return project(given)
+        from diffusers.utils.peft_utils import scale_lora_layers, unscale_lora_layers
+
+        scale_lora_layers(self.handle.model, scale)
+        try:
+            return project(given)
+        finally:
+            unscale_lora_layers(self.handle.model, scale)
 
     @torch.no_grad()
     def __call__(
@@ -137,8 +192,9 @@ class Runner:
                 `cross_attention_kwargs` tells F.
             timestep: a number, or one of `times`.
             encoder_hidden_states: [B, L, C], or [B, L, P] of `text`.
-            cross_attention_kwargs: nothing but {"num_frames": F}, which for whole clips the batch
-                of the text tells already.
+            cross_attention_kwargs: {"num_frames": F}, which for whole clips the batch of the text
+                tells already, and {"scale": s} of LoRA, as diffusers has it; other than 1 eager
+                alone.
             tables: compiled patterns in place of the recipe's, `Handle.tables`; eager, compile
                 and cuda_graph alone.
             tokens: int64 [T], positions in the text whose maps are asked for too; `MAPPING` alone,
@@ -150,40 +206,62 @@ class Runner:
             ValueError: the batch does not hold whole clips, or an argument that this backend
                 cannot honour.
         """
+        named = dict(cross_attention_kwargs or {})
         clips, images = encoder_hidden_states.shape[0], sample.shape[0]
-        frames = (cross_attention_kwargs or {}).get("num_frames", images // max(clips, 1))
-        strange = set(cross_attention_kwargs or {}) - {"num_frames"}
-        if strange:
-            raise ValueError(f"a runtime cannot honour cross_attention_kwargs {sorted(strange)}")
+        frames = named.pop("num_frames", images // max(clips, 1))
+        scale = named.pop("scale", None)
+        scale = 1.0 if scale is None else scale
+        if named or (scale != 1 and self.backend != "eager"):
+            what = sorted(named) or ["scale"]
+            raise ValueError(
+                f"the runtime {self.backend} cannot honour cross_attention_kwargs {what}"
+            )
         if images not in (clips * frames, frames):
             raise ValueError(
                 f"{images} images are not {clips} clips of {frames} frames: text is [B, L, C] for "
                 "a batch of [B * F, ...]"
             )
-        if images != clips * frames and not self._module.LIVE:
-            sample = sample.repeat(clips, 1, 1, 1)
-        timestep = torch.as_tensor(timestep, device=sample.device)
-        timestep = timestep if timestep.dim() == 2 else timestep.reshape(())
-        text = encoder_hidden_states.to(sample.dtype)
-        if not self._module.LIVE and not mixes_frames(self.handle):
-            # Exported with every frame a clip of its own: the text is repeated for each.
-            text, frames = text.repeat_interleave(frames, 0), 1
         if tokens is not None and (self.backend not in MAPPING or return_dict):
             raise ValueError(
                 f"the runtime {self.backend} gives no maps of words: use {' or '.join(MAPPING)}, "
                 "with return_dict=False"
             )
-        step = self._step(sample, timestep, text, frames)
-        if self._module.LIVE:
-            sample = sample.unflatten(0, (images // frames, frames))
-        if tokens is not None:
-            return step(sample, timestep, text, tables, tokens, levels)
-        if tables is None:
-            noise = step(sample, timestep, text)
-        elif self._module.LIVE:
-            noise = step(sample, timestep, text, tables)
-        else:
+        if tables is not None and not self._module.LIVE:
             raise ValueError(f"the runtime {self.backend} has its pattern in the program")
+        found = self.handle.check()
+        if found.moved and self.backend != "eager":
+            raise ValueError(
+                f"the runtime {self.backend} takes all weights at once, and this UNet's are "
+                "offloaded layer by layer: use eager, or enable_model_cpu_offload()"
+            )
+        if not isinstance(timestep, Tensor):
+            timestep = torch.as_tensor(timestep, device=sample.device)
+        text, timestep, number = self._current(
+            encoder_hidden_states, timestep, (*found.weights, scale)
+        )
+        text, timestep = text.to(sample.dtype), timestep.to(sample.device)
+        if self._module.LIVE:
+            step = self._step(sample, timestep, text, frames)
+            given = {
+                "tables": tables, "tokens": tokens, "scale": None if scale == 1 else scale,
+                "number": None if number is None else number.to(sample.device),
+            }  # fmt: skip
+            given |= {} if tokens is None else {"levels": levels}
+            given = {name: value for name, value in given.items() if value is not None}
+            out = step(sample.unflatten(0, (images // frames, frames)), timestep, text, **given)
+            if tokens is not None:
+                return out
+            noise = out
+        else:
+            if self._weights != found.weights:
+                self._steps.clear()
+                self._weights = found.weights
+            if images != clips * frames:
+                sample = sample.repeat(clips, 1, 1, 1)
+            if not mixes_frames(self.handle):
+                # Exported with every frame a clip of its own: the text is repeated for each.
+                text, frames = text.repeat_interleave(frames, 0), 1
+            noise = self._step(sample, timestep, text, frames)(sample, timestep, text)
         if not return_dict:
             return (noise,)
         from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 OPTIONS = ("folder", "clips")
 LIVE = False
+DTYPES = (torch.float32, torch.float16)
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "sm_121")
 WEIGHTS = ("kept", "refit", "stripped")
 
