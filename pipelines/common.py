@@ -79,6 +79,8 @@ def ddim_schedulers(scheduler) -> tuple[DDIMScheduler, DDIMInverseScheduler]:
     ours = {"clip_sample": False, "set_alpha_to_one": False}
     if config.get("timestep_spacing") == "linspace":
         ours["timestep_spacing"] = "leading"
+    if config.get("beta_schedule") not in BETAS and config.get("trained_betas") is None:
+        ours["trained_betas"] = getattr(scheduler, "betas", torch.zeros(0)).tolist()
     # from_config drops what its list says was left at a default, ours too if it stands there.
     left = [name for name in config.get("_use_default_values", ()) if name not in ours]
     config.update(ours, _use_default_values=left)
@@ -93,8 +95,6 @@ def ddim_schedulers(scheduler) -> tuple[DDIMScheduler, DDIMInverseScheduler]:
             f"{kind} has noise levels that are not of DDIM (flow matching or EDM): give a "
             "scheduler of Stable Diffusion 1.x, such as DDIMScheduler"
         )
-    if config.get("beta_schedule") not in BETAS and config.get("trained_betas") is None:
-        config["trained_betas"] = scheduler.betas.tolist()
     ddim = DDIMScheduler.from_config(config)
     alphas = ddim.alphas_cumprod
     if not alphas.min() > 0:
@@ -104,7 +104,11 @@ def ddim_schedulers(scheduler) -> tuple[DDIMScheduler, DDIMInverseScheduler]:
         )
     steps = ddim.config.num_train_timesteps
     # A few rounding steps of a product of a thousand factors.
-    if len(alphas) != steps or own.shape != alphas.shape or not own.allclose(alphas, rtol=1e-4):
+    if (
+        len(alphas) != steps
+        or own.shape != alphas.shape
+        or not own.to(alphas).allclose(alphas, 1e-4)
+    ):
         raise ModelError(
             f"the noise levels of {kind} are not what its {steps} betas give, DDIM cannot follow "
             "them: give a scheduler of Stable Diffusion 1.x, such as DDIMScheduler"
