@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("diffusers")
 
-from tiny_unets import TINY, assert_rounding, clip_inputs, tiny_unet
+from tiny_unets import assert_rounding, clip_inputs, drawn, tiny_unet
 
 from tvkernels import inflate, install, load_published
 from tvkernels.benchmarks.reference.tune_a_video import VideoUNet
@@ -16,16 +16,7 @@ SIZES = {"layers_per_block": 2}
 
 @pytest.fixture(scope="module")
 def plain():
-    torch.manual_seed(5)
-    model = VideoUNet(
-        TINY["block_out_channels"], SIZES["layers_per_block"], TINY["attention_head_dim"],
-        TINY["cross_attention_dim"], TINY["norm_num_groups"],
-    ).eval()  # fmt: skip
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name:
-                parameter.normal_(float(name.endswith("weight")), 0.3)
-    return model
+    return drawn(VideoUNet, SIZES["layers_per_block"])
 
 
 @pytest.fixture

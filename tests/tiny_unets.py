@@ -76,6 +76,20 @@ def tiny_unet(seed: int = 0, **changes):
     return build("UNet2DConditionModel", {**TINY, **changes}, seed)
 
 
+def drawn(model, layers: int):
+    """A published UNet of `TINY`'s sizes, random where the methods start at one and zero."""
+    torch.manual_seed(5)
+    made = model(
+        TINY["block_out_channels"], layers, TINY["attention_head_dim"],
+        TINY["cross_attention_dim"], TINY["norm_num_groups"],
+    ).eval()  # fmt: skip
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            if "norm" in name:
+                parameter.normal_(float(name.endswith("weight")), 0.3)
+    return made
+
+
 def one_level_unet():
     """The smallest UNet with self-attention and text, for what takes long, such as compiling."""
     return tiny_unet(

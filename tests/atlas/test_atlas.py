@@ -8,6 +8,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from demo_clips import write_with_mask
 
 from tvkernels.atlas import (
     AtlasError,
@@ -45,9 +46,7 @@ def atlas(clip):
 def written(clip, tmp_path_factory):
     """A folder in which `tvk atlas` has worked, and its clip and mask."""
     folder = tmp_path_factory.mktemp("atlas")
-    write_video(folder / "clip", clip.frames, 8)
-    masks = np.repeat((clip.masks > 0.5)[..., None] * np.uint8(255), 3, -1)
-    write_video(folder / "mask", masks, 8)
+    write_with_mask(clip, folder)
     arguments = ["--mask", str(folder / "mask"), "--steps", "10", "--points", "4096"]
     assert main(["atlas", str(folder / "clip"), "-o", str(folder / "out"), *arguments]) == 0
     return folder

@@ -3,10 +3,10 @@
 import dataclasses
 import json
 
-import numpy as np
 import pytest
 import torch
 import transformers
+from demo_clips import write_with_mask
 from diffusers import ControlNetModel
 
 from tvkernels import atlas_sample
@@ -20,7 +20,7 @@ from tvkernels.pipelines.cache import Cache
 from tvkernels.pipelines.checks import ModelError
 from tvkernels.pipelines.guides import hint_made, load_guides, prepared
 from tvkernels.pipelines.stable_video import PROPAGATION, StableVideoPipeline, _Job
-from tvkernels.video import VideoError, read_video, write_video
+from tvkernels.video import VideoError, read_video
 
 QUICK = AtlasSettings(steps=5, points=2048)
 PROMPT = "a purple star on a gray checkered background"
@@ -384,9 +384,7 @@ class TestGuides:
 @pytest.fixture(scope="module")
 def folder(clip, tmp_path_factory):
     folder = tmp_path_factory.mktemp("edit")
-    write_video(folder / "clip", clip.frames, 8)
-    masks = np.repeat((clip.masks > 0.5)[..., None] * np.uint8(255), 3, -1)
-    write_video(folder / "mask", masks, 8)
+    write_with_mask(clip, folder)
     return folder
 
 

@@ -12,9 +12,9 @@ pytest.importorskip("diffusers")
 
 from tiny_unets import (
     SD15,
-    TINY,
     assert_rounding,
     clip_inputs,
+    drawn,
     one_level_unet,
     run_clip,
     seeded,
@@ -43,17 +43,7 @@ LEFT_OUT = {
 
 
 def plain_model(layers=2):
-    """Random weights everywhere, where the methods start some at zero."""
-    torch.manual_seed(5)
-    model = VideoUNet(
-        TINY["block_out_channels"], layers, TINY["attention_head_dim"],
-        TINY["cross_attention_dim"], TINY["norm_num_groups"],
-    ).eval()  # fmt: skip
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name:
-                parameter.normal_(float(name.endswith("weight")), 0.3)
-    return model.double()
+    return drawn(VideoUNet, layers).double()
 
 
 def wide_inputs(*sizes):
