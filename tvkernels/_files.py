@@ -19,13 +19,18 @@ def atomic_path(path: Path, error: type[Exception]) -> Iterator[Path]:
 
     An interrupt counts as failure. Operating-system errors are raised as ``error``.
     """
-    temporary = path.with_name(f".{path.stem}-{os.getpid()}{path.suffix}")
+    # The name itself may be as long as a file system takes.
+    name = hashlib.sha256(path.name.encode("utf-8", "surrogateescape")).hexdigest()[:12]
+    temporary = path.with_name(f".{name}-{os.getpid()}{path.suffix[:16]}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         os.replace(temporary, path)
     except OSError as reason:
-        raise error(f"cannot write {path}: {reason.strerror or reason}") from reason
+        said = f"cannot write {path}: {reason.strerror or reason}"
+        if isinstance(reason, PermissionError) and path.is_file():  # Windows, of an open file
+            said += ": close the program that has it open, or write to another name"
+        raise error(said) from reason
     finally:
         with suppress(OSError):
             shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink()

@@ -1,5 +1,6 @@
 """Reading and writing clips. PyAV, Pillow and NumPy (``tvkernels[video]``) load on first use."""
 
+from tvkernels.video._audio import Audio
 from tvkernels.video._decode import CLIPS
 from tvkernels.video._encode import OUTPUTS
 from tvkernels.video._files import VideoError, atomic_path, check_output
@@ -10,6 +11,7 @@ from tvkernels.video.pictures import contact_sheet
 __all__ = [
     "CLIPS",
     "OUTPUTS",
+    "Audio",
     "Video",
     "VideoError",
     "atomic_path",

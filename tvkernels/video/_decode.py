@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-import re
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tvkernels.video._files import VideoError, need
+from tvkernels.video._files import VideoError, need, url
+from tvkernels.video._filters import facts, needs, through, to_rgb
+from tvkernels.video._images import images_in, read_image
+from tvkernels.video._times import FOLDER_FPS, rate_of
 
 if TYPE_CHECKING:
     import numpy as np
 
-CLIPS = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".gif")
-IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+log = logging.getLogger(__name__)
 
-# A folder of images has no frame rate; 8 is what Tune-A-Video shows its clips at.
-FOLDER_FPS = Fraction(8)
+CLIPS = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".gif")
+
+# FFmpeg's own decoders of these read no transparency.
+WITH_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 
 
 @dataclass(frozen=True)
@@ -29,14 +34,19 @@ class Source:
     pixel_aspect: Fraction
     promised: int  # frames the file says it has, 0 if it does not say
     pictures: Iterator[Callable[[], np.ndarray]]  # called only for the frames that are wanted
+    begins: Fraction = Fraction(0)  # seconds at which the first one is shown
+    sound: int | None = None  # the stream that is heard beside it
 
 
 @contextmanager
-def open_source(path: Path) -> Iterator[Source]:
+def open_source(path: Path, ground: str = "white") -> Iterator[Source]:
+    """Frames of a clip or folder, laid on the colour ``ground`` where they are transparent."""
     if not path.exists():
         raise VideoError(f"{path} does not exist")
     if path.is_dir():
-        yield _folder(path)
+        files = images_in(path)
+        pictures = (partial(read_image, file, ground) for file in files)
+        yield Source(FOLDER_FPS, Fraction(1), len(files), pictures)
         return
     if path.suffix.lower() not in CLIPS:
         raise VideoError(
@@ -46,66 +56,56 @@ def open_source(path: Path) -> Iterator[Source]:
         raise VideoError(f"{path} is empty (0 bytes)")
     av = need("av")
     try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise VideoError(f"{path} holds no video stream")
-            stream = container.streams.video[0]
-            stream.thread_type = "AUTO"
-            frames = container.decode(stream)
-            yield Source(
-                _rate(stream, path),
-                stream.sample_aspect_ratio or Fraction(1),
-                stream.frames,
-                (partial(_upright, frame) for frame in frames),
-            )
+        with av.open(url(path)) as container:
+            rate, even = rate_of(container, _video(container, path))
+        with av.open(url(path)) as container:
+            yield _clip(container, path, rate, even, ground)
     except av.FFmpegError as error:
         raise VideoError(f"{path} is not a video that can be read: {error.strerror}") from error
 
 
-def _rate(stream, path: Path) -> Fraction:
-    if path.suffix.lower() == ".gif" and stream.frames and stream.duration:
-        rate = stream.frames / (stream.duration * stream.time_base)
-        whole = Fraction(max(1, round(rate)))
-        # Delays are whole hundredths of a second: 8 frames a second are stored as 12, 13, 12, ...
-        rounding = abs(stream.frames / whole - stream.frames / rate)
-        return whole if rounding <= Fraction(1, 100) else rate
-    return stream.average_rate or stream.guessed_rate or FOLDER_FPS
+def _video(container, path: Path):
+    """The stream that a player shows; a cover picture is none."""
+    moving = [s for s in container.streams.video if not _is_cover(s)]
+    if not moving:
+        raise VideoError(f"{path} holds no video stream")
+    best = container.streams.best("video")
+    return best if best in moving else moving[0]
 
 
-def _upright(frame) -> np.ndarray:
-    quarter_turns = round(frame.rotation / 90) % 4
-    return need("numpy").rot90(frame.to_ndarray(format="rgb24"), quarter_turns)
+def _is_cover(stream) -> bool:
+    return bool(stream.disposition & need("av").stream.Disposition.attached_pic)
 
 
-def natural_order(file: Path) -> list:
-    """A key under which frame 2 comes before frame 10."""
-    parts = re.split(r"(\d+)", file.name)
-    return [int(part) if part.isdigit() else part.lower() for part in parts]
+def _clip(container, path: Path, rate: Fraction, even: bool, ground: str) -> Source:
+    stream = _video(container, path)
+    stream.thread_type = "AUTO"
+    frames, context = _decoded(container, stream), stream.codec_context
+    first = next(frames, None)
+    matrix = None if first is None else facts(first, context, path)
+    frames = through(frames if first is None else chain([first], frames), needs(context))
+    if not even:
+        log.warning("%s has uneven frame times: read at %.6g frames a second", path, rate)
+        constant = (("fps", f"fps={rate}"),)
+        frames = through(frames, lambda frame: constant)
+    turned = matrix is not None and abs(matrix[1]) > abs(matrix[0])
+    aspect = Fraction(stream.sample_aspect_ratio or 1)
+    sound = container.streams.best("audio")
+    return Source(
+        rate,
+        1 / aspect if turned else aspect,
+        stream.frames if even else 0,
+        (partial(to_rgb, frame, matrix, ground) for frame in frames),
+        (stream.start_time or 0) * Fraction(stream.time_base or 1),
+        None if sound is None else sound.index,
+    )
 
 
-def _folder(path: Path) -> Source:
-    files = [file for file in path.iterdir() if file.suffix.lower() in IMAGES]
-    pictures = (partial(_image, file) for file in sorted(files, key=natural_order))
-    return Source(FOLDER_FPS, Fraction(1), len(files), pictures)
-
-
-def eight_bits(picture):
-    """A PIL image, one of 16 bits scaled to 8: Pillow would cut it off at 255."""
-    if not picture.mode.startswith("I"):
-        return picture
-    values = need("numpy").asarray(picture).clip(0, 65535) // 257
-    return need("PIL.Image").fromarray(values.astype("uint8"))
-
-
-def _image(file: Path) -> np.ndarray:
-    image = need("PIL.Image")
-    try:
-        with image.open(file) as picture:
-            upright = eight_bits(need("PIL.ImageOps").exif_transpose(picture))
-            if "A" in upright.getbands() or "transparency" in upright.info:
-                upright = upright.convert("RGBA")
-                white = image.new("RGBA", upright.size, "white")
-                upright = image.alpha_composite(white, upright)
-            return need("numpy").asarray(upright.convert("RGB"))
-    except OSError as error:
-        raise VideoError(f"{file} is not an image that can be read: {error}") from error
+def _decoded(container, stream) -> Iterator:
+    name = WITH_ALPHA.get(stream.codec_context.name)
+    if name is None or stream.metadata.get("alpha_mode") != "1":
+        yield from container.decode(stream)
+        return
+    decoder = need("av").CodecContext.create(name, "r")
+    for packet in container.demux(stream):
+        yield from decoder.decode(packet)

@@ -10,7 +10,8 @@ from pathlib import Path
 from queue import Full, Queue
 from typing import TYPE_CHECKING
 
-from tvkernels.video._files import need
+from tvkernels.video._audio import Audio, on_track, opened
+from tvkernels.video._files import need, url
 
 if TYPE_CHECKING:
     import numpy as np
@@ -18,12 +19,17 @@ if TYPE_CHECKING:
 QUEUED = 16  # frames that wait for the encoder at most
 
 
-def mp4(path: Path, frames: Iterable[np.ndarray], fps: Fraction) -> None:
+def mp4(
+    path: Path, frames: Iterable[np.ndarray], fps: Fraction, audio: Audio | None = None
+) -> None:
     av, np = need("av"), need("numpy")
     frames = iter(frames)
     first = next(frames)
     sides = [(0, side % 2) for side in first.shape[:2]]
-    with av.open(str(path), "w", options={"movflags": "+faststart"}) as container:
+    with (
+        opened(audio) as sound,
+        av.open(url(path), "w", options={"movflags": "+faststart"}) as container,
+    ):
         stream = container.add_stream("libx264", rate=fps, options={"crf": "16"})
         stream.height, stream.width = (side + side % 2 for side in first.shape[:2])
         stream.pix_fmt = "yuv420p"
@@ -31,12 +37,19 @@ def mp4(path: Path, frames: Iterable[np.ndarray], fps: Fraction) -> None:
         # Untagged clips are shown as BT.601 or BT.709 depending on the player: say which it is.
         context.colorspace = context.color_primaries = context.color_trc = 1
         context.color_range = 1
-        for frame in chain([first], frames):
+        heard = []
+        if sound is not None:
+            template, packets = sound
+            heard = on_track(packets, container.add_stream_from_template(template))[::-1]
+        for index, frame in enumerate(chain([first], frames)):
+            while heard and heard[-1].pts * heard[-1].time_base <= index / fps:
+                container.mux(heard.pop())
             frame = np.pad(frame, (*sides, (0, 0)), mode="edge")
             picture = av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(
                 format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG"
             )
             container.mux(stream.encode(picture))
+        container.mux(heard[::-1])
         container.mux(stream.encode(None))
 
 
@@ -69,7 +82,7 @@ def gif(path: Path, frames: Iterable[np.ndarray], fps: Fraction) -> None:
         picture.pts, picture.time_base = round((count - 1) * 100 / fps), tick
         source.push(picture)
     source.push(None)
-    with av.open(str(path), "w") as container:
+    with av.open(url(path), "w") as container:
         stream = container.add_stream("gif", rate=fps)
         stream.height, stream.width, stream.pix_fmt = height, width, "pal8"
         stream.time_base = stream.codec_context.time_base = tick

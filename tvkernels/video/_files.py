@@ -47,4 +47,9 @@ def check_output(path: str | os.PathLike, suffixes: tuple[str, ...]) -> Path:
     return path
 
 
+def url(path: Path) -> str:
+    """A name that FFmpeg takes for a file's, whatever colons and signs it holds."""
+    return f"file:{path.absolute()}"
+
+
 atomic_path = partial(_files.atomic_path, error=VideoError)

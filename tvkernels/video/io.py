@@ -9,11 +9,13 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tvkernels.video._audio import Audio
 from tvkernels.video._decode import open_source
-from tvkernels.video._encode import ENCODERS, OUTPUTS, as_they_come
+from tvkernels.video._encode import ENCODERS, OUTPUTS, as_they_come, mp4
 from tvkernels.video._files import VideoError, atomic_path, check_output, need
 from tvkernels.video._fit import Fit, plan
 
@@ -35,12 +37,14 @@ class Video:
         fps: frames a second at which ``frames`` play at the speed of the file.
         path: the file or folder it was read from.
         fit: how its frames were cut and resized.
+        audio: the sound beside them, None where there is none; `write_video` takes it.
     """
 
     frames: np.ndarray
     fps: Fraction
     path: Path
     fit: Fit | None = None
+    audio: Audio | None = None
 
     def __len__(self) -> int:
         return len(self.frames)
@@ -60,6 +64,9 @@ def read_video(
 
     Args:
         path: mp4, m4v, mov, webm, mkv, avi or gif, or a folder of images (natural order, 8 fps).
+            Frames are what a player shows: turned and mirrored, deinterlaced, on white where
+            they are transparent, HDR and BT.2020 as BT.709. Uneven frame times become the rate of
+            most frames, which is said; ``start``, ``stride`` and ``frames`` count at it.
         start: first frame to keep, from 0.
         stride: keep every ``stride``-th frame; the returned fps is the file's over this.
         frames: number of frames to keep, None for all that follow.
@@ -68,7 +75,7 @@ def read_video(
         crop: keep the proportions and cut the overhang at the centre; False squeezes instead.
 
     Returns:
-        Video with frames uint8 [F, H, W, 3]. A variable frame rate is given as its average.
+        Video with frames uint8 [F, H, W, 3].
 
     Raises:
         VideoError: no such file, not a video, no frames, fewer frames than asked for, or a size
@@ -107,11 +114,18 @@ def read_video(
                     index + 1,
                 )
     _check_count(path, index + 1, len(kept), start, stride, frames)
-    return Video(need("numpy").stack(kept), source.fps / stride, path, fit)
+    audio = None
+    if source.sound is not None:
+        begins = source.begins + start / source.fps
+        audio = Audio(path, source.sound, begins, begins + len(kept) * stride / source.fps)
+    return Video(need("numpy").stack(kept), source.fps / stride, path, fit, audio)
 
 
 def write_video(
-    path: str | os.PathLike, frames: np.ndarray | Sequence | Iterator, fps: Fraction | float
+    path: str | os.PathLike,
+    frames: np.ndarray | Sequence | Iterator,
+    fps: Fraction | float,
+    audio: Audio | None = None,
 ) -> Path:
     """Write a clip: ``.mp4`` (H.264), ``.gif``, or, without an ending, a folder of PNG files.
 
@@ -124,6 +138,8 @@ def write_video(
             is encoded as its frames come, with no more than a few of them in memory; the file is
             the same to the byte.
         fps: frames a second; at most 50 for a GIF, not stored with PNG files.
+        audio: sound that an mp4 gets, of `Video`: copied where players take it in an mp4, else as
+            AAC. What cannot be kept (a GIF, a folder, a broken stream) is left out with a warning.
 
     Returns:
         The path written.
@@ -145,6 +161,10 @@ def write_video(
     with atomic_path(path) as temporary:
         try:
             encode = ENCODERS[path.suffix.lower()]
+            if audio is not None and encode is mp4:
+                encode = partial(encode, audio=audio)
+            elif audio is not None:
+                log.warning("%s holds no sound: it is left out, an mp4 keeps it", path)
             if streamed:
                 as_they_come(encode, temporary, frames, fps)
             else:

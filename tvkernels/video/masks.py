@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tvkernels.video._decode import CLIPS, IMAGES, eight_bits, natural_order, open_source
+from tvkernels.video._decode import CLIPS, open_source
 from tvkernels.video._files import VideoError, need
+from tvkernels.video._images import IMAGES, read_image
 
 if TYPE_CHECKING:
     import numpy as np
@@ -66,30 +67,15 @@ def read_mask(
 
 
 def _pictures(path: Path) -> Iterator[np.ndarray]:
-    """uint8 [H, W, 3] each."""
-    if path.is_dir():
-        files = [file for file in path.iterdir() if file.suffix.lower() in IMAGES]
-        yield from map(_image, sorted(files, key=natural_order))
+    """uint8 [H, W, 3] each: as clips are read, but what is transparent is outside, not white."""
+    if path.is_dir() or path.suffix.lower() in CLIPS:
+        with open_source(path, "black") as source:
+            for picture in source.pictures:
+                yield picture()
     elif not path.exists():
         raise VideoError(f"{path} does not exist")
     elif path.suffix.lower() in IMAGES:
-        yield _image(path)
-    elif path.suffix.lower() in CLIPS:
-        with open_source(path) as source:
-            for picture in source.pictures:
-                yield picture()
+        yield read_image(path, "black")
     else:
         known = ", ".join((*IMAGES, *CLIPS))
         raise VideoError(f"{path} is not a mask that can be read: give {known} or a folder")
-
-
-def _image(file: Path) -> np.ndarray:
-    """As clips are read, but what is transparent is outside, not white."""
-    image = need("PIL.Image")
-    try:
-        with image.open(file) as picture:
-            upright = eight_bits(need("PIL.ImageOps").exif_transpose(picture)).convert("RGBA")
-            black = image.new("RGBA", upright.size, "black")
-            return need("numpy").asarray(image.alpha_composite(black, upright).convert("RGB"))
-    except OSError as error:
-        raise VideoError(f"{file} is not an image that can be read: {error}") from error
