@@ -59,11 +59,13 @@ def read_shapes(path: str | Path, kind: str = "checkpoint") -> dict[str, tuple[i
 
 
 def _conversion(path: Path, kind: str) -> str:
+    new = path.with_suffix(".safetensors")
+    new = new if new != path else path.with_name(f"{path.stem}-converted.safetensors")
     code = (
-        "import torch; from safetensors.torch import save_file; "
-        f"s = torch.load({str(path)!r}, map_location='cpu', weights_only=True); {INSIDE[kind]}; "
+        "import torch; from safetensors.torch import save_file; s = torch.load("
+        f"open({str(path)!r}, 'rb'), map_location='cpu', weights_only=True); {INSIDE[kind]}; "
         "save_file({k: v.detach().clone().contiguous() for k, v in s.items() "
-        f"if hasattr(v, 'detach')}}, {str(path.with_suffix('.safetensors'))!r})"
+        f"if hasattr(v, 'detach')}}, {str(new)!r})"
     )
     return f'python -c "{code}"'
 

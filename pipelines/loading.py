@@ -55,6 +55,8 @@ def load_pipeline(
 
     device = pick_device(str(device))
     check_model(model, variant)
+    loras = [(check_lora(file), weight) for file, weight in loras]
+    words = [check_embedding(file) for file in embeddings]
     options |= {"backend": backend, **dtype_option(dtype or torch.float32)}
     if settings is not None:
         options["settings"] = settings
@@ -72,9 +74,9 @@ def load_pipeline(
             pipe.load_lora_weights(str(file), adapter_name=name)
     if names:
         pipe.set_adapters(names, [weight for _, weight in loras])
-    for file in embeddings:
+    for file, word in zip(embeddings, words, strict=True):
         with loading(f"the embedding {file}"):
-            pipe.load_textual_inversion(str(file), token=check_embedding(file))
+            pipe.load_textual_inversion(str(file), token=word)
     if offload:
         pipe.enable_model_cpu_offload(device=device)
         return pipe
@@ -112,7 +114,7 @@ def loading(what: str) -> Iterator[None]:
     from tvkernels._dispatch import BackendError
     from tvkernels.devices import out_of_memory
 
-    kinds = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError)
+    kinds = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError)
     try:
         yield
     except (ModelError, BackendError):
@@ -121,6 +123,8 @@ def loading(what: str) -> Iterator[None]:
         if out_of_memory(error):
             raise
         reason = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, LookupError):  # says which key or index, and nothing else
+            reason = f"its names are not those of such a file ({type(error).__name__}: {reason})"
         if "meta tensor" in reason:
             reason = "weights are missing in it"
         raise ModelError(f"cannot load {what}: {reason[:300]}") from error
