@@ -48,14 +48,14 @@ def metrics_command(
     Without --metric, those that lack something are shown with what they lack; one that is asked
     for and cannot be taken is an error.
     """
-    from tvkernels.edit import preferred_device
+    from tvkernels.devices import pick_device
 
     _quiet()
     frames = read_video(clip, multiple=1).frames
     measurement = Measurement(
         frames, source=None if source is None else _source(source, frames, start, stride),
         prompt=prompt, source_prompt=source_prompt,
-        models=Models(_models(model or []), device or preferred_device()),
+        models=Models(_models(model or []), str(pick_device(device or "auto"))),
     )  # fmt: skip
     for name in metric or []:
         measurement.check(name)

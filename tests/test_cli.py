@@ -25,13 +25,14 @@ from tvkernels.cli import app, main
 from tvkernels.demo import MODEL_DIR
 from tvkernels.demo.settings import OVERRIDES
 from tvkernels.demo.world import edit_pair
+from tvkernels.devices import ADVICE, pick_device
 from tvkernels.pipelines.cache import Cache
 from tvkernels.runtime.files import ArtifactError
 from tvkernels.video import read_video, write_video
 
 ROOT = Path(__file__).parents[1]
 WORDS = ["--source-prompt", "a red circle", "--prompt", "a blue star"]
-TINY = ["--frames", "2", "--size", "32", "--steps", "2", "--tune-steps", "1"]
+TINY = ["--frames", "2", "--dtype", "fp32", "--size", "32", "--steps", "2", "--tune-steps", "1"]
 
 
 @pytest.fixture(scope="module")
@@ -97,8 +98,10 @@ def test_an_edit_is_recorded_and_can_be_repeated_from_its_record(edit, tvk, tmp_
         "clip": str(place / "clip.mp4"), "method": "ei2", "model": str(place / "model"),
         "source_prompt": "a red circle", "prompts": ["a blue star"], "negative_prompt": "",
         "start": 0, "stride": 1, "frames": 2, "size": [32, 32], "crop": True, "tune_steps": 1,
-        "learning_rate": 3e-5, "steps": 2, "guidance": 7.5, "seed": 0, "backend": "auto",
-        "runtime": "eager", "gradient_checkpointing": False, "max_memory": None,
+        "learning_rate": 3e-5, "weight_decay": None, "steps": 2, "guidance": 7.5, "seed": 0,
+        "clip_skip": None, "variant": None, "lora": None, "embedding": None, "audio": True,
+        "device": str(pick_device()), "dtype": "fp32",
+        "backend": "auto", "runtime": "eager", "gradient_checkpointing": False, "max_memory": None,
         "cache": str(tmp_path / "cache"),
         "output": str(tmp_path / "out.mp4"),
     }  # fmt: skip
@@ -190,7 +193,7 @@ def test_a_cache_that_cannot_be_written_costs_nothing_but_itself(edit, tmp_path,
     ],
 )
 def test_odd_clips_pass_whole(tvk, place, tmp_path, clip, frames, size):
-    """Without --frames: all there are, since the method's number is more."""
+    """Without --frames: all there are."""
     options = ["--model", place / "model", "--no-cache", *TINY[2:], "-o", tmp_path / "out.mp4"]
     status, shown, complaints = tvk("edit", place / clip, *WORDS, *options)
     assert (status, complaints) == (0, "")
@@ -250,8 +253,8 @@ BAD = {
     "no images": ("edit {tmp}/nounet", "holds no frames"),
     "too many frames": ("--frames 5", "ask for at most 4"),
     "start after the end": ("--start 9", "start must be under 4"),
-    "unreachable size": ("--size 50", "such as 48 or 56"),
-    "size above the model's": ("--size 512", "ask for 128 or less"),
+    "unreachable size": ("--size 50x64", "the nearest is 48x64"),
+    "size of a runtime": ("--size 72x64 --runtime aoti", "multiples of 64, the nearest is 64x64"),
     "negative size": ("--size -8", "size: "),
     "unknown method": ("--method ei3", "use one of ei2, tune-a-video"),
     "tuning nothing": ("--method frame-by-frame --tune-steps 2", "leave out --tune-steps"),
@@ -262,12 +265,13 @@ BAD = {
         "--max-memory 20MB --method frame-by-frame --size 32",
         "would do, of which",
     ),
-    "no such model": ("--model {tmp}/gone", "not a model directory"),
+    "no such model": ("--model {tmp}/gone", "is no folder, no .safetensors file"),
     "no model": ("--model {tmp}/noindex", "model_index.json"),
     "no unet": ("--model {tmp}/nounet", "no unet/config.json"),
     "sdxl": ("--model {tmp}/sdxl", "SDXL"),
     "video unet": ("--model {tmp}/video", "UNet3DConditionModel"),
     "inpainting": ("--model {tmp}/inpaint", "9 channels"),
+    "no weights": ("--model {tmp}/weightless", "no diffusion_pytorch_model.safetensors"),
     "broken weights": ("--model {tmp}/broken", "cannot load the model"),
     "output in a file": ("-o {place}/clip.mp4/out.mp4", "is a file, not a folder"),
     "output of no kind": ("-o {tmp}/OUT/out.doc", "ending must be one of"),
@@ -322,7 +326,8 @@ def wrong(place, tmp_path):
                 json.dumps(config), encoding="utf-8"
             )
     names = shutil.ignore_patterns("*.safetensors")
-    shutil.copytree(place / "model", tmp_path / "broken", ignore=names)
+    shutil.copytree(place / "model", tmp_path / "weightless", ignore=names)
+    shutil.copytree(place / "model", tmp_path / "broken")
     (tmp_path / "broken" / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"oops")
 
 
@@ -413,8 +418,8 @@ def test_memory_that_is_not_there_is_no_defect(edit, monkeypatch):
     monkeypatch.setattr("tvkernels.edit.edit", full)
     status, _, complaints = edit()
     assert status == 2
-    assert "out of memory: CUDA out of memory. Tried to allocate 9 GiB. Try" in complaints
-    assert "--max-memory" in one_line(complaints)
+    assert "out of memory: CUDA out of memory. Tried to allocate 9 GiB: " in complaints
+    assert ADVICE in one_line(complaints)
 
 
 def test_cheap_mistakes_are_found_before_the_slow_imports():

@@ -117,8 +117,13 @@ def test_what_cannot_be_honoured_is_refused(read, old, new, message):
 
 
 def test_the_default_of_an_only_value_passes(read):
-    given, _ = read("adam_epsilon: 1e-08\nadam_weight_decay: 1e-2\nmethod: ei2")
+    given, _ = read("adam_epsilon: 1e-08\nmethod: ei2")
     assert given == {"method": "ei2"}
+
+
+def test_the_weight_decay_of_a_tune_a_video_file_is_honoured(read):
+    given, _ = read("adam_weight_decay: 1e-2\nmethod: tcve")
+    assert resolve(given).weight_decay == 0.01
 
 
 def test_our_own_names(read):

@@ -18,14 +18,19 @@ from tvkernels._console import UNEXPECTED, console, say
 from tvkernels.benchmarks.commands import bench
 from tvkernels.benchmarks.profiling.command import profile_command
 from tvkernels.benchmarks.report.publish import report
-from tvkernels.config import ConfigError, read_config, resolve
+from tvkernels.config import ConfigError
+from tvkernels.devices import DeviceError, memory_advice
+from tvkernels.edit_command import edit_command
 from tvkernels.pipelines import METHODS
 from tvkernels.pipelines.checks import ModelError
 from tvkernels.video import VideoError
 
 BAD_INPUT, INTERRUPTED = 2, 130
 OF_DIFFUSERS = ("diffusers", "transformers", "accelerate", "safetensors")
-EXPECTED = (ConfigError, ModelError, VideoError, BackendError, ImportError, OSError)
+EXPECTED = (
+    ConfigError, DeviceError, ModelError, VideoError, BackendError, ImportError, OSError,
+    torch.OutOfMemoryError,
+)  # fmt: skip
 
 app = typer.Typer(
     help="Edit video with Stable Diffusion 1.x: lean pipelines on fused attention kernels.",
@@ -34,6 +39,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(bench, name="bench")
+app.command("edit")(edit_command)
 app.command("report")(report)
 app.command("profile")(profile_command)
 
@@ -56,187 +62,13 @@ def common(
     pass
 
 
-METHOD_HELP = f"One of {', '.join(METHODS)}. (default: ei2)"
-
-
-@app.command("edit")
-def edit_command(
-    clip: Annotated[
-        Path | None, typer.Argument(help="The source: a video file or a folder of images.")
-    ] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", help="OUT.mp4, OUT.gif, or a folder for PNG files."),
-    ] = None,
-    prompt: Annotated[
-        list[str] | None,
-        typer.Option(help="What the edited clip shall show; repeat it for several clips."),
-    ] = None,
-    source_prompt: Annotated[str | None, typer.Option(help="What the clip shows.")] = None,
-    method: Annotated[str | None, typer.Option(help=METHOD_HELP)] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="A Stable Diffusion 1.x directory in diffusers' layout, or a hub name. "
-            "(default: the embedded model of the shapes world)"
-        ),
-    ] = None,
-    frames: Annotated[
-        int | None, typer.Option(help="Frames to take. (default: the method's, or all there are)")
-    ] = None,
-    start: Annotated[int | None, typer.Option(help="First frame to take, from 0.")] = None,
-    stride: Annotated[
-        int | None,
-        typer.Option(help="Take every so-manieth frame; Tune-A-Video and TCVE: 2. (default: 1)"),
-    ] = None,
-    size: Annotated[
-        int | None, typer.Option(help="Pixels of the shorter side. (default: the model's)")
-    ] = None,
-    steps: Annotated[
-        int | None, typer.Option(help="DDIM steps of inversion and sampling. (default: method's)")
-    ] = None,
-    tune_steps: Annotated[
-        int | None, typer.Option(help="Steps of the one-shot tuning. (default: the method's)")
-    ] = None,
-    learning_rate: Annotated[
-        float | None, typer.Option(help="Of the tuning. (default: the method's)")
-    ] = None,
-    guidance: Annotated[
-        float | None, typer.Option(help="Guidance scale. (default: the method's)")
-    ] = None,
-    negative_prompt: Annotated[
-        str | None, typer.Option(help="What the edited clip shall not show.")
-    ] = None,
-    words: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="old=new, such as 'red circle=blue star': what changes, for blended-diffusion; "
-            "repeat it. (default: the words by which the prompts differ)"
-        ),
-    ] = None,
-    mask: Annotated[
-        Path | None,
-        typer.Option(
-            help="Image, video or folder, bright where the clip may change, in place of --words."
-        ),
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="Same seed, same bytes. (default: 0)")] = None,
-    backend: Annotated[
-        str | None,
-        typer.Option(help="auto, triton, cuda, native, cpu or reference. (default: auto)"),
-    ] = None,
-    runtime: Annotated[
-        str | None,
-        typer.Option(
-            help="What inversion and sampling run under: eager, compile, cuda_graph, onnx, "
-            "tensorrt or aoti. (default: eager)"
-        ),
-    ] = None,
-    max_memory: Annotated[
-        str | None,
-        typer.Option(
-            help="Such as 8GB: the edit is planned to keep its tensors, weights included, under "
-            "it by accounting; the libraries themselves come on top."
-        ),
-    ] = None,
-    cache: Annotated[
-        Path | None,
-        typer.Option(help="Folder that keeps preprocessing. (default: ~/.cache/tvkernels)"),
-    ] = None,
-    no_cache: Annotated[bool, typer.Option("--no-cache", help="Keep and reuse nothing.")] = False,
-    atlas: Annotated[
-        list[Path] | None,
-        typer.Option(
-            help="A PNG that `tvk atlas` wrote, edited: the clip is rendered from it, without a "
-            "model. Repeat it for several layers."
-        ),
-    ] = None,
-    atlas_layer: Annotated[
-        str | None, typer.Option(help="Which layer that PNG is. (default: what its name says)")
-    ] = None,
-    atlas_dir: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder that `tvk atlas` wrote, for --atlas or stable-video. (default: the PNG's)"
-        ),
-    ] = None,
-    foreground_prompt: Annotated[
-        str | None,
-        typer.Option(help="Of stable-video: the objects alone. (default: the prompt)"),
-    ] = None,
-    background_prompt: Annotated[
-        str | None,
-        typer.Option(help="Of stable-video: the background alone. (default: it stays)"),
-    ] = None,
-    controlnet_canny: Annotated[
-        str | None, typer.Option(help="Of stable-video: a ControlNet on edges, for the objects.")
-    ] = None,
-    controlnet_depth: Annotated[
-        str | None, typer.Option(help="Of stable-video: one on depth, for the background.")
-    ] = None,
-    depth_model: Annotated[
-        str | None, typer.Option(help="What makes the depth: a model of transformers.")
-    ] = None,
-    config: Annotated[
-        Path | None,
-        typer.Option(
-            help="YAML with these settings or a Tune-A-Video configuration, or the JSON beside an "
-            "edited clip. Options given here win."
-        ),
-    ] = None,
-) -> None:
-    """Edit a clip: tune the model on it, invert it, sample it with another prompt.
-
-    Further prompts on the same clip skip the tuning: it is kept in the cache. Beside the edited
-    clip lies a JSON file with every setting it was made with.
-    """
-    given = {
-        "clip": clip, "output": output, "prompts": prompt or None, "source_prompt": source_prompt,
-        "method": method, "model": model, "frames": frames, "start": start, "stride": stride,
-        "size": size, "steps": steps, "tune_steps": tune_steps, "learning_rate": learning_rate,
-        "guidance": guidance, "negative_prompt": negative_prompt, "seed": seed,
-        "words": words or None, "mask": mask,
-        "backend": backend, "runtime": runtime, "max_memory": max_memory,
-        "cache": False if no_cache else cache,
-        "foreground_prompt": foreground_prompt, "background_prompt": background_prompt,
-        "controlnet_canny": controlnet_canny, "controlnet_depth": controlnet_depth,
-        "depth_model": depth_model,
-    }  # fmt: skip
-    if no_cache and cache is not None:
-        raise ConfigError("give either --cache or --no-cache")
-    if atlas:
-        _edit_by_atlas(given, atlas, atlas_layer, atlas_dir, config)
-        return
-    if atlas_layer is not None:
-        raise ConfigError("--atlas-layer goes with --atlas")
-    given["atlas_dir"] = atlas_dir
-    settings, notes = read_config(config) if config is not None else ({}, [])
-    settings.update({name: value for name, value in given.items() if value is not None})
-    from tvkernels.edit import edit
-
-    edit(resolve(settings), notes, say)
-
-
-def _edit_by_atlas(given: dict, pictures: list[Path], layer, folder, config) -> None:
-    from tvkernels.atlas.commands import edit_by_atlas
-
-    options = {"prompts": "prompt"}
-    idle = [f"--{options.get(n, n).replace('_', '-')}" for n, v in given.items() if v is not None]
-    idle = [n for n in idle if n not in ("--clip", "--output")] + ["--config"] * bool(config)
-    if idle:
-        raise ConfigError(f"--atlas renders without a model: leave out {', '.join(idle)}")
-    if given["output"] is None:
-        raise ConfigError("--output is missing: say where to write, such as -o edited.mp4")
-    edit_by_atlas(given["clip"], pictures, given["output"], layer, folder, say)
-
-
 @app.command("atlas")
 def atlas_command(
     clip: Annotated[Path, typer.Argument(help="The source: a video file or a folder of images.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="A folder.")],
     frames: Annotated[int | None, typer.Option(help="Frames to take. (default: all)")] = None,
     start: Annotated[int, typer.Option(help="First frame to take, from 0.")] = 0,
-    stride: Annotated[int, typer.Option(help="Take every so-manieth frame.")] = 1,
+    stride: Annotated[int, typer.Option(help="Take every n-th frame.")] = 1,
     size: Annotated[
         int | None, typer.Option(help="Pixels of the shorter side. (default: the clip's)")
     ] = None,
@@ -408,8 +240,17 @@ def kernels(
 
 
 class _Warnings(logging.Handler):
+    """Shows each of them once: what is told before the work is found again in it."""
+
+    def __init__(self):
+        super().__init__()
+        self.shown: set[str] = set()
+
     def emit(self, record: logging.LogRecord) -> None:
-        print(f"tvk: {record.levelname.lower()}: {record.getMessage()}", file=sys.stderr)
+        line = f"tvk: {record.levelname.lower()}: {record.getMessage()}"
+        if line not in self.shown:
+            print(line, file=sys.stderr)
+        self.shown.add(line)
 
 
 def _fail(text: str, status: int) -> int:
@@ -427,7 +268,8 @@ def main(arguments: list[str] | None = None) -> int:
     logger, handler = logging.getLogger("tvkernels"), _Warnings()
     logger.addHandler(handler)
     try:
-        status = app(arguments, prog_name="tvk", standalone_mode=False)
+        with memory_advice():
+            status = app(arguments, prog_name="tvk", standalone_mode=False)
     except KeyboardInterrupt:
         status = INTERRUPTED
     except Exception as error:
@@ -452,9 +294,6 @@ def _explain(error: Exception) -> int:
     if isinstance(error, ModuleNotFoundError) and error.name in OF_DIFFUSERS:
         advice = f"{error.name} is not installed: pip install 'tvkernels[diffusers]'"
         return _fail(advice, BAD_INPUT)
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        advice = "fewer --frames, a smaller --size, or --max-memory, which plans for it"
-        return _fail(f"out of memory: {str(error).splitlines()[0]} Try {advice}", BAD_INPUT)
     if isinstance(error, EXPECTED):
         return _fail(str(error) or type(error).__name__, BAD_INPUT)
     kind = type(error).__name__

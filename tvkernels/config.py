@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from contextlib import suppress
@@ -23,6 +24,7 @@ class ConfigError(ValueError):
 
 
 Count = Annotated[int, Field(ge=1)]
+PAIR = re.compile(r"(\d+)\s*[x×]\s*(\d+)")  # width x height
 UNITS = {f"{p}{kind}": n ** (1 + i) for kind, n in (("B", 1000), ("iB", 1024))
          for i, p in enumerate("KMGT")}  # fmt: skip
 
@@ -46,12 +48,50 @@ def _size_text(text: str) -> str:
     return text
 
 
+def parse_lora(text: str) -> tuple[Path, float]:
+    """The file and the weight, 1 by default, of "FILE" or "FILE:weight".
+
+    What stands behind the last colon is a weight only where it is a number and the file is there
+    without it: names may have colons.
+
+    Raises:
+        ValueError: a weight that is 0, for nothing of the LoRA would be left, or is not finite.
+    """
+    name, colon, last = text.rpartition(":")
+    if not colon or Path(text).exists() or not Path(name).exists():
+        return Path(text), 1.0
+    try:
+        weight = float(last)
+    except ValueError:
+        return Path(text), 1.0
+    if not weight or not math.isfinite(weight):
+        raise ValueError(f"weight {last} of {name}: give another number, or leave the LoRA out")
+    return Path(name), weight
+
+
+def _lora_text(text: str) -> str:
+    parse_lora(text)
+    return text
+
+
+def _size(value: Any) -> Any:
+    """A side as text, or "768x432", the width first as everywhere, as (height, width)."""
+    pair = PAIR.fullmatch(value) if isinstance(value, str) else None
+    return (pair[2], pair[1]) if pair else value
+
+
 def _pair_text(text: str) -> str:
     return "=".join(parse_pair(text))
 
 
 def _several(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
+    return [value] if isinstance(value, (str, Path)) else value
+
+
+def _full(text: str) -> str:
+    if not text.strip():
+        raise ValueError("an empty prompt asks for nothing: say what the edited clip should show")
+    return text
 
 
 class EditSettings(BaseModel):
@@ -60,30 +100,38 @@ class EditSettings(BaseModel):
     Attributes:
         clip: the source: a video file or a folder of images.
         method: a name of `tvkernels.pipelines.METHODS`.
-        model: a Stable Diffusion 1.x directory, a hub name, or "embedded".
-        source_prompt: what the clip shows.
-        prompts: what the edited clips shall show, one output each.
-        negative_prompt: what the unconditional half of the guidance is told.
+        model: a Stable Diffusion 1.x folder, .safetensors file or hub name, or "embedded".
+        variant: of the folder's files, such as fp16.
+        lora: files of LoRA weights, "FILE" or "FILE:weight" each.
+        embedding: files of textual inversions.
+        source_prompt: what the clip shows, for methods that read it.
+        prompts: what the edited clips should show, one output each.
+        negative_prompt: what the unconditional half of the guidance reads.
+        clip_skip: layers left out at the end of the text encoder.
         words: "old=new" each: what changes between the prompts, for methods that mask it.
         mask: image, video or folder, bright where the clip may change, in place of words.
         foreground_prompt, background_prompt: StableVideo's, apart; without, the prompt is the
             foreground's and the background stays.
         controlnet_canny, controlnet_depth, depth_model: folders or hub names of its guides.
         atlas_dir: folder of an atlas that `tvk atlas` made of the same frames.
-        start, stride, frames: the frames taken: from which, every how many, how many.
-        size: pixels of the shorter side, or (height, width).
+        start, stride, frames: the frames taken: from which, every how many, how many; without
+            `frames` all that follow.
+        size: pixels of the shorter side, or (height, width), as text "768x432", width first.
         crop: keep the proportions and cut what hangs over; False squeezes.
-        tune_steps, learning_rate: of the one-shot tuning.
+        tune_steps, learning_rate, weight_decay: of the one-shot tuning.
         steps: DDIM steps of the inversion and of the sampling.
         guidance: classifier-free guidance scale.
         seed: of everything drawn.
+        dtype: auto, fp32, bf16 or fp16, see `tvkernels.devices.pick_dtype`.
+        device: what it runs on, see `tvkernels.devices.pick_device`.
         backend: of the attention ops.
         runtime: what inversion and sampling run under, a name of `tvkernels.runtime.BACKENDS`.
         gradient_checkpointing: less memory while tuning, the same result.
         max_memory: "8GB": the edit is planned so that its tensors stay under it by accounting.
         cache: folder that keeps preprocessing, None for the user's own, False for none.
         output: the edited clip; with several prompts a number goes before its ending.
-        output_dir: in place of `output`, a folder; clips are named after their prompts.
+        output_dir: instead of `output`, a folder; clips are named after their prompts.
+        audio: keep the sound of the frames taken, where the output can.
     """
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -91,9 +139,17 @@ class EditSettings(BaseModel):
     clip: Path | None = None
     method: str = "ei2"
     model: str = EMBEDDED
+    variant: str | None = None
+    lora: Annotated[
+        list[Annotated[str, AfterValidator(_lora_text)]] | None, BeforeValidator(_several)
+    ] = None
+    embedding: Annotated[list[Path] | None, BeforeValidator(_several)] = None
     source_prompt: str | None = None
-    prompts: Annotated[list[str], Field(min_length=1)] | None = None
+    prompts: Annotated[list[Annotated[str, AfterValidator(_full)]], Field(min_length=1)] | None = (
+        None
+    )
     negative_prompt: str = ""
+    clip_skip: Annotated[int, Field(ge=0)] | None = None
     words: Annotated[
         list[Annotated[str, AfterValidator(_pair_text)]] | None, BeforeValidator(_several)
     ] = None
@@ -107,13 +163,16 @@ class EditSettings(BaseModel):
     start: Annotated[int, Field(ge=0)] = 0
     stride: Count = 1
     frames: Count | None = None
-    size: Count | tuple[Count, Count] | None = None
+    size: Annotated[Count | tuple[Count, Count] | None, BeforeValidator(_size)] = None
     crop: bool = True
     tune_steps: Annotated[int, Field(ge=0)] | None = None
     learning_rate: Annotated[float, Field(gt=0)] | None = None
+    weight_decay: Annotated[float, Field(ge=0)] | None = None
     steps: Annotated[int, Field(ge=1, le=999)] | None = None
     guidance: Annotated[float, Field(ge=0)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    device: str = "auto"
     backend: Literal["auto", "triton", "cuda", "native", "cpu", "reference"] = "auto"
     runtime: Literal["eager", "compile", "cuda_graph", "onnx", "tensorrt", "aoti"] = "eager"
     gradient_checkpointing: bool = False
@@ -121,6 +180,7 @@ class EditSettings(BaseModel):
     cache: Path | Literal[False] | None = None
     output: Path | None = None
     output_dir: Path | None = None
+    audio: bool = True
 
 
 # Tune-A-Video's configuration files: its name -> ours. Two names of one thing must agree.
@@ -143,6 +203,7 @@ TUNE_A_VIDEO_NAMES = {
     "validation_data.num_inv_steps": "steps",
     "validation_data.guidance_scale": "guidance",
     "max_train_steps": "tune_steps",
+    "adam_weight_decay": "weight_decay",
 }
 
 # What its training script can do and these pipelines cannot: the one value that is honoured, why.
@@ -158,7 +219,6 @@ ONLY = {
     "lr_warmup_steps": (0, "the learning rate is constant"),
     "adam_beta1": (0.9, "AdamW runs with its usual numbers"),
     "adam_beta2": (0.999, "AdamW runs with its usual numbers"),
-    "adam_weight_decay": (0.01, "AdamW runs with its usual numbers"),
     "adam_epsilon": (1e-8, "AdamW runs with its usual numbers"),
     "max_grad_norm": (1.0, "gradients are clipped at 1"),
     "use_8bit_adam": (False, "AdamW keeps its state in 32 bits"),
@@ -170,7 +230,7 @@ ONLY = {
 
 # They change how the script runs, not what comes out, beyond rounding.
 WITHOUT_EFFECT = {
-    "mixed_precision": "everything runs in float32",
+    "mixed_precision": "`dtype` says what everything runs in",
     "enable_xformers_memory_efficient_attention": "the ops are chosen by `backend`",
     "checkpointing_steps": "tuned weights go to the cache",
     "validation_steps": "the clip is edited after the last step",
@@ -184,7 +244,7 @@ RECORD = {"settings", "versions"}  # keys of what is kept beside an edited clip
 def is_record(path: Path) -> bool:
     """Whether the file is one that an edit left beside its clip."""
     try:
-        document = json.loads(path.read_text())
+        document = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError):
         return False
     return isinstance(document, dict) and document.keys() >= RECORD
@@ -202,7 +262,7 @@ def read_config(path: Path) -> tuple[dict[str, Any], list[str]]:
             that contradict each other.
     """
     try:
-        document = yaml.safe_load(path.read_text())
+        document = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

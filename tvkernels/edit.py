@@ -2,50 +2,40 @@
 
 from __future__ import annotations
 
-import json
 import os
-import platform
-import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from tvkernels.config import EMBEDDED, ConfigError, EditSettings, is_record, parse_bytes
-from tvkernels.demo import MODEL_DIR
-from tvkernels.demo.settings import OVERRIDES
-from tvkernels.fronts import check_taken, front, strangers
-from tvkernels.pipelines import METHODS
-from tvkernels.pipelines.checks import ModelError, check_model, model_size
-from tvkernels.pipelines.loading import load_pipeline, quiet_class
-from tvkernels.video import (
-    OUTPUTS,
-    Video,
-    VideoError,
-    check_output,
-    read_video,
-    write_video,
-)
-from tvkernels.video._files import atomic_path
-from tvkernels.video.io import GIF_MAX_FPS
+from tvkernels import beforehand
+from tvkernels.beforehand import is_tuned, model_of
+from tvkernels.config import EMBEDDED, EditSettings, parse_lora
+from tvkernels.demo.settings import method_numbers
+from tvkernels.devices import SHORT, memory_advice, pick_device, pick_dtype
+from tvkernels.fronts import Front, front, strangers
+from tvkernels.pipelines.loading import load_pipeline
+from tvkernels.record import device_name, versions, write_json
+from tvkernels.video import Video, read_video, write_video
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
     from torch import Tensor
 
     from tvkernels.pipelines.cache import Cache
     from tvkernels.pipelines.one_shot import OneShotPipeline, Settings
     from tvkernels.runtime.memory import Plan
 
-PACKAGES = ("tvkernels", "torch", "diffusers", "transformers", "safetensors", "numpy", "av")
 NUMBERS = ("tune_steps", "learning_rate", "steps", "guidance")
+Say = Callable[[str], None]
 
 
-def edit(given: EditSettings, notes: list[str], say: Callable[[str], None]) -> list[Path]:
+@memory_advice()
+def edit(given: EditSettings, notes: list[str], say: Say) -> list[Path]:
     """Edits a clip, once for each prompt.
 
     Args:
@@ -56,74 +46,65 @@ def edit(given: EditSettings, notes: list[str], say: Callable[[str], None]) -> l
         The edited clips. Beside each lies a JSON file: the settings it was made with, which
         `tvk edit --config` reads again, versions, model, seconds and cache hits.
     Raises:
-        ConfigError, ModelError, VideoError: before any work of weight has begun, except where the
-            disk fills up.
+        ConfigError, DeviceError, ModelError, VideoError: before any work of weight has begun,
+            except where the disk fills up.
+        torch.OutOfMemoryError: with what to lower.
     """
     began = time.perf_counter()
-    outputs, own = check(given), front(given.method)
-    asked = own.check(given)
-    model = MODEL_DIR if given.model == EMBEDDED else given.model
-    size, multiple = _size(given, *model_size(model))
-    if given.frames is not None:
-        video = _read(given, size, multiple, given.frames)
-    else:
-        # The first frame tells whether this is a clip at all, before the slow imports.
-        _read(given, size, multiple, 1)
+    outputs, own = beforehand.check(given), front(given.method)
+    notes = [*notes, *own.check(given)]
+    size, multiple, lines = beforehand.fit_size(given)
+    notes += lines
+    # The first frame tells whether this is a clip at all, before the slow imports.
+    first = _read(given, size, multiple, 1)
+    beforehand.check_written(outputs, first)
     numbers, said = method_numbers(given.method, given.model == EMBEDDED)
-    if given.frames is None:
-        video = _read_up_to(given, size, multiple, numbers.frames)
-    if video.fps > GIF_MAX_FPS and any(output.suffix.lower() == ".gif" for output in outputs):
-        raise VideoError(
-            f"a GIF plays at most {GIF_MAX_FPS} frames a second, not {float(video.fps):g}: "
-            "write an mp4 or take fewer frames with --stride"
-        )
-    if given.tune_steps and not numbers.recipe.tuned:
-        raise ConfigError(f"{given.method} tunes nothing: leave out --tune-steps")
+    if given.weight_decay is not None:
+        numbers = replace(numbers, weight_decay=given.weight_decay)
+    device = pick_device(given.device)
+    dtype = pick_dtype(given.dtype, device, given.model == EMBEDDED, is_tuned(given))
     chosen = {n: getattr(numbers, n) for n in NUMBERS if getattr(given, n) is None}
     settings = given.model_copy(
-        update={**chosen, "frames": len(video), "size": video.frames.shape[1:3]}
-    )
-    height, width = settings.size
+        update={**chosen, "size": first.frames.shape[1:3], "device": str(device),
+                "dtype": SHORT[dtype]}
+    )  # fmt: skip
+    notes += beforehand.check_idle(given, settings)
+    beforehand.check_runtime(settings, device, dtype)
+    beforehand.check_schedule(settings)
+    notes += beforehand.check_texts(settings, numbers)
+    from tvkernels import sizing
+
+    told = device, dtype, given.frames is not None
+    settings = settings.model_copy(update={"frames": given.frames or frames_of(given)})
+    needed = sizing.check_memory(settings, numbers, *told)
+    video = _read(given, size, multiple, given.frames)
+    if len(video) != settings.frames:
+        settings = settings.model_copy(update={"frames": len(video)})
+        needed = sizing.check_memory(settings, numbers, *told)
+    beforehand.check_written(outputs, video)
     fitting = own.fit(settings, video)
     calls = [own.call(settings, video, prompt) for prompt in settings.prompts]
-    say(
-        f"{settings.method}, {settings.model} model: {settings.frames} frames of "
-        f"{width} x {height}, tuning {settings.tune_steps} steps at "
-        f"{settings.learning_rate:g}, DDIM {settings.steps} steps, "
-        f"guidance {settings.guidance:g}, seed {settings.seed}"
-    )
+    say(headline(settings))
     said = [text for name, text in said.items() if name in chosen or name not in NUMBERS]
     if said:
-        say(f"for the embedded model, in place of the method's own: {', '.join(said)}")
-    for line in (*notes, *asked):
+        say(f"for the embedded model, instead of the method's own: {', '.join(said)}")
+    for line in notes:
         say(line)
-    check_runtime(settings)
-    plan = None
-    if settings.max_memory is not None:
-        plan = plan_memory(settings, str(model), numbers.recipe)
+    plan = sizing.plan_memory(settings, numbers, device, dtype)
+    if plan is not None:
         say(str(plan))
     clock = Clock()
     with clock("load"):
-        offload = plan is not None and plan.offload
-        pipe = load_pipeline(
-            settings.method, str(model), settings.backend, offload=offload, settings=numbers,
-            **own.load(settings),
-        )  # fmt: skip
-        if plan is not None and plan.tile is not None:
-            from tvkernels.runtime.memory import tile_vae
-
-            tile_vae(pipe.vae, plan.tile)
-        from tvkernels.runtime.files import artifacts
-
-        # Inductor's own place is the temporary folder, which a restart empties.
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(artifacts() / "inductor"))
-        pipe.accelerate(settings.runtime)
+        pipe = _load(settings, numbers, device, dtype, own, plan)
+    if given.frames is None:
+        say(whole_clip(pipe, settings, video, needed))
     cache = _cache(settings)
     for line in own.say(pipe):
         say(line)
-    with runtime_refusals(settings):
+    with beforehand.runtime_refusals(settings):
         hits = preprocess(pipe, video, settings, cache, clock, say, plan, **fitting)
     others = {"output_dir", *strangers(settings.method)}
+    others |= {each.name for each in beforehand.idle(settings)}
     record = {
         "settings": settings.model_dump(mode="json", exclude=others),
         "versions": versions(),
@@ -134,11 +115,13 @@ def edit(given: EditSettings, notes: list[str], say: Callable[[str], None]) -> l
         "notes": [*said, *notes],
     }
     for prompt, output, call in zip(settings.prompts, outputs, calls, strict=True):
-        with clock("sampling"), runtime_refusals(settings):
+        with clock("sampling"), beforehand.runtime_refusals(settings):
             pipe.set_progress_bar_config(desc="sampling", leave=False, disable=None)
             latents = sample(pipe, prompt, settings, plan, **call)
         with clock("decoding"):
-            write_video(output, decode(pipe, latents, plan), video.fps)
+            kept = sound(settings, video, output, say)
+            more = {} if kept is None else {"audio": kept}
+            write_video(output, decode(pipe, latents, plan), video.fps, **more)
         record["settings"].update(prompts=[prompt], output=str(output), **own.record(call))
         record["seconds"] = {**clock.seconds, "total": round(time.perf_counter() - began, 2)}
         record["date"] = datetime.now(UTC).isoformat(timespec="seconds")
@@ -148,71 +131,6 @@ def edit(given: EditSettings, notes: list[str], say: Callable[[str], None]) -> l
     return outputs
 
 
-def check(given: EditSettings) -> list[Path]:
-    """What can be wrong without looking into clip or model; the outputs, one for each prompt.
-
-    Raises:
-        ConfigError, ModelError, VideoError: one line that says what to do.
-    """
-    if given.method not in METHODS:
-        raise ConfigError(f"unknown method {given.method!r}: use one of {', '.join(METHODS)}")
-    for name, option in (("clip", "CLIP"), ("source_prompt", "--source-prompt")):
-        if not getattr(given, name):
-            raise ConfigError(f"{option} is missing: give it here or as {name} in --config")
-    if not given.prompts:
-        raise ConfigError("--prompt is missing: say what the edited clip shall show")
-    if not given.clip.exists():
-        raise VideoError(f"{given.clip} does not exist")
-    if given.model != EMBEDDED:
-        check_model(given.model)
-    check_taken(given)
-    outputs = _outputs(given)
-    for output in outputs:
-        check_output(output, OUTPUTS)
-        check_output(output.with_suffix(".json"), (".json",))
-        if not output.suffix and output.exists() and (output.is_file() or any(output.iterdir())):
-            raise VideoError(f"cannot write {output}: it is there already and not an empty folder")
-        for given_file, what in ((given.clip, "the source clip"), (given.mask, "the mask")):
-            if given_file is not None and output.resolve() == given_file.resolve():
-                raise VideoError(f"cannot write {output}: it is {what}")
-        kept = output.with_suffix(".json")
-        if kept.exists() and not is_record(kept):
-            raise VideoError(
-                f"cannot write {kept}, the record of {output.name}: a file that is none is there, "
-                "move it or name another output"
-            )
-    if isinstance(given.cache, Path):
-        check_output(given.cache / "entry", ("",))
-    return outputs
-
-
-def _outputs(given: EditSettings) -> list[Path]:
-    if given.output is not None:
-        if len(given.prompts) == 1:
-            return [given.output]
-        stem, suffix = given.output.stem, given.output.suffix
-        names = [f"{stem}-{i}{suffix}" for i in range(1, len(given.prompts) + 1)]
-        return [given.output.with_name(name) for name in names]
-    if given.output_dir is None:
-        raise ConfigError("--output is missing: say where to write, such as -o edited.mp4")
-    names: list[str] = []
-    for prompt in given.prompts:
-        slug = re.sub(r"\W+", "-", prompt.lower()).strip("-")[:60] or "edited"
-        names.append(f"{slug}-{len(names) + 1}" if slug in names else slug)
-    return [given.output_dir / f"{name}.mp4" for name in names]
-
-
-def _size(given: EditSettings, largest: int, multiple: int) -> tuple[int | tuple, int]:
-    size = given.size or largest
-    shorter = size if isinstance(size, int) else min(size)
-    if shorter > largest:
-        raise ConfigError(
-            f"size {shorter} is more than the {largest} pixels that the model was trained on: "
-            f"ask for {largest} or less"
-        )
-    return size, multiple
-
-
 def _read(given: EditSettings, size, multiple: int, frames: int | None) -> Video:
     return read_video(
         given.clip, start=given.start, stride=given.stride, frames=frames,
@@ -220,137 +138,123 @@ def _read(given: EditSettings, size, multiple: int, frames: int | None) -> Video
     )  # fmt: skip
 
 
-def _read_up_to(given: EditSettings, size, multiple: int, frames: int) -> Video:
-    try:
-        return _read(given, size, multiple, frames)
-    except VideoError:
-        # Shorter than the method's number of frames: then all there are.
-        return _read(given, size, multiple, None)
+def frames_of(given: EditSettings) -> int:
+    """The frames that will be taken by what the clip's file says, 1 where it says nothing."""
+    from tvkernels.video._decode import open_source
+
+    with open_source(given.clip) as source:
+        return max(1, len(range(given.start, source.promised, given.stride)))
 
 
-def method_numbers(method: str, embedded: bool) -> tuple[Settings, dict[str, str]]:
-    """A method's settings, those of the demo in place for the embedded model, and what differs.
-
-    Returns:
-        Settings, and for each replaced number a text, such as "tune_steps 40 (500)".
-    """
-    own = quiet_class(method).settings
-    overrides = OVERRIDES.get(method, {}) if embedded else {}
-    changed = {n: v for n, v in overrides.items() if getattr(own, n) != v}
-    said = {n: f"{n} {_plain(value)} ({_plain(getattr(own, n))})" for n, value in changed.items()}
-    return replace(own, **changed), said
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, tuple):
-        return ", ".join(map(str, value))
-    return f"{value:g}" if isinstance(value, (int, float)) else str(value)
+def headline(settings: EditSettings) -> str:
+    """What is made of what, in one line."""
+    height, width = settings.size
+    tuning = "nothing tuned"
+    if settings.tune_steps:
+        tuning = f"tuning {settings.tune_steps} steps at {settings.learning_rate:g}"
+    return (
+        f"{settings.method}, {settings.model} model in {settings.dtype} on {settings.device}: "
+        f"{settings.frames} frames of {width} x {height}, {tuning}, DDIM {settings.steps} steps, "
+        f"guidance {settings.guidance:g}, seed {settings.seed}"
+    )
 
 
-def preferred_device() -> str:
-    """The kind of device that models run on: cuda where torch sees one, else cpu."""
-    import torch
+def whole_clip(
+    pipe: OneShotPipeline, settings: EditSettings, video: Video, needed: int | None
+) -> str:
+    """One line on an edit of all frames: how many, how much memory and about how long."""
+    from tvkernels.runtime.memory import show
+    from tvkernels.sizing import expected_seconds, spell, why_not
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def check_runtime(settings: EditSettings) -> None:
-    """Whether the runtime can run here, before any weights are loaded.
-
-    Raises:
-        ConfigError: it cannot, with every reason, or its memory cannot be accounted for.
-    """
-    from tvkernels.runtime import why_not
-
-    if settings.runtime == "eager":
-        return
-    if settings.max_memory is not None:
-        raise ConfigError(
-            f"--max-memory accounts for the eager runtime, not for {settings.runtime}: leave one "
-            "of the two out"
-        )
-    reasons = why_not(settings.runtime, preferred_device())
-    if reasons:
-        raise ConfigError(f"the runtime {settings.runtime} cannot run here: {'; '.join(reasons)}")
+    parts = [
+        f"the whole clip is taken, {len(video)} frames, {float(len(video) / video.fps):.2g} s"
+    ]
+    if needed is not None:
+        parts.append(f"memory {show(needed)} by accounting")
+    elif reason := why_not(settings):
+        parts.append(f"memory {reason}")
+    seconds = expected_seconds(pipe, settings)
+    if seconds is not None:
+        parts.append(f"about {spell(seconds)} by one timed step")
+    return f"{'; '.join(parts)}; --frames takes fewer"
 
 
-@contextmanager
-def runtime_refusals(settings: EditSettings) -> Iterator[None]:
-    """What a runtime cannot be prepared for, such as a size, is the settings' fault.
-
-    Raises:
-        ConfigError: in place of the runtime's own error.
-    """
-    from tvkernels.runtime.files import ArtifactError
-
-    try:
-        yield
-    except ArtifactError as error:
-        raise ConfigError(f"the runtime {settings.runtime}: {error}") from error
+def sound(settings: EditSettings, video: Video, output: Path, say: Say):
+    """The clip's sound as far as the output keeps it, None if there is none; says what is lost."""
+    if getattr(video, "audio", None) is None:
+        return None
+    if not settings.audio:
+        say("the sound is left out, as asked for")
+        return None
+    if output.suffix.lower() != ".mp4":
+        say(f"the sound is left out: {output.name} holds pictures alone, an mp4 would keep it")
+        return None
+    return video.audio
 
 
-def plan_memory(settings: EditSettings, model: str, recipe) -> Plan:
-    """How the edit keeps under `max_memory`, from the model's configuration files alone.
+def _load(
+    settings: EditSettings, numbers: Settings, device: torch.device, dtype: torch.dtype,
+    own: Front, plan: Plan | None,
+) -> OneShotPipeline:  # fmt: skip
+    pipe = load_pipeline(
+        settings.method, model_of(settings), settings.backend, variant=settings.variant,
+        dtype=dtype, device=device, offload=plan is not None and plan.offload,
+        loras=[parse_lora(text) for text in settings.lora or ()],
+        embeddings=settings.embedding or (), settings=numbers, **own.load(settings),
+    )  # fmt: skip
+    if plan is not None and plan.tile is not None:
+        from tvkernels.runtime.memory import tile_vae
 
-    Raises:
-        ConfigError: it cannot; the text names the least that would do.
-        ModelError: the model has no such files.
-    """
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextConfig
+        tile_vae(pipe.vae, plan.tile)
+    from tvkernels.runtime.files import artifacts
 
-    from tvkernels.runtime.memory import Account, BudgetError, plan
-
-    try:
-        account = Account(
-            UNet2DConditionModel.load_config(model, subfolder="unet"),
-            AutoencoderKL.load_config(model, subfolder="vae"),
-            CLIPTextConfig.from_pretrained(model, subfolder="text_encoder").to_dict(),
-            recipe, frames=settings.frames, size=settings.size,
-        )  # fmt: skip
-    except OSError as error:
-        raise ModelError(f"cannot read {model}: {' '.join(str(error).split())}") from error
-    try:
-        return plan(
-            parse_bytes(settings.max_memory), account, tune=bool(settings.tune_steps),
-            guided=settings.guidance > 1, checkpointing=settings.gradient_checkpointing,
-            device=preferred_device(),
-        )  # fmt: skip
-    except BudgetError as error:
-        raise ConfigError(f"max_memory: {error}") from None
+    # Inductor's own place is the temporary folder, which a restart empties.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(artifacts() / "inductor"))
+    return pipe.accelerate(settings.runtime)
 
 
 def preprocess(
     pipe: OneShotPipeline, video: Video, settings: EditSettings, cache: Cache | None,
-    clock: Clock, say: Callable[[str], None], plan: Plan | None = None, **fitting,
+    clock: Clock, say: Say, plan: Plan | None = None, **fitting,
 ) -> dict[str, str]:  # fmt: skip
-    """Tunes and inverts; says what came from the cache, "hit", "miss" or "off" for each.
+    """Does what the method does before it samples, and says so.
 
     `fitting` is what the method's `fit` takes alone.
+
+    Returns:
+        For each stage that was done whether it came from the cache: "hit", "miss" or "off".
     """
     import torch
 
-    hits = {}
+    tuned = is_tuned(settings)
     checkpointing = settings.gradient_checkpointing or (plan and plan.gradient_checkpointing)
     chunk = {} if plan is None else {"decode_chunk_size": plan.chunk}
-    for stage in ("tuning", "inversion"):
+
+    def fit() -> None:
+        pipe.fit(
+            video.frames, settings.source_prompt or "", num_steps=settings.tune_steps,
+            learning_rate=settings.learning_rate if tuned else None,
+            generator=torch.Generator().manual_seed(settings.seed),
+            gradient_checkpointing=tuned and bool(checkpointing), cache=cache, **chunk, **fitting,
+        )  # fmt: skip
+
+    def invert() -> None:
+        pipe.invert(video.frames, num_inference_steps=settings.steps, cache=cache, **chunk)
+
+    hits = {}
+    for stage, run in zip(front(settings.method).stages, (fit, invert), strict=False):
         pipe.set_progress_bar_config(desc=stage, leave=False, disable=None)
         before = cache.hits if cache else 0
         with clock(stage):
-            if stage == "tuning":
-                pipe.fit(
-                    video.frames, settings.source_prompt, num_steps=settings.tune_steps,
-                    learning_rate=settings.learning_rate,
-                    generator=torch.Generator().manual_seed(settings.seed),
-                    gradient_checkpointing=bool(checkpointing), cache=cache, **chunk, **fitting,
-                )  # fmt: skip
-            else:
-                pipe.invert(video.frames, num_inference_steps=settings.steps, cache=cache, **chunk)
+            run()
+        if stage == "tuning" and not tuned:
+            continue  # what `fit` did is to encode the clip
         hits[stage] = "off" if cache is None else "hit" if cache.hits > before else "miss"
-        if stage == "tuning" and not settings.tune_steps and not pipe.in_pixels:
-            hits[stage] = "off"
-            continue
         source = "taken from the cache" if hits[stage] == "hit" else "done"
+        if "atlas" in fitting:
+            hits[stage], source = "off", f"read from {settings.atlas_dir}"
+        elif stage == "atlas" and source == "done":
+            source = "made of the clip, nothing of the model is tuned or inverted,"
         say(f"{stage} {source} in {clock.seconds[stage]:.1f} s")
     return hits
 
@@ -365,7 +269,8 @@ def sample(
     split = settings.runtime in ("compile", "aoti") or (plan is not None and plan.split_guidance)
     return pipe(
         prompt, num_inference_steps=settings.steps, guidance_scale=settings.guidance,
-        negative_prompt=settings.negative_prompt, split_guidance=split,
+        negative_prompt=settings.negative_prompt, clip_skip=settings.clip_skip,
+        split_guidance=split,
         output_type="pt" if pipe.in_pixels else "latent",
         **extra,
     ).frames  # fmt: skip
@@ -434,33 +339,3 @@ class Clock:
         began = time.perf_counter()
         yield
         self.seconds[stage] = round(time.perf_counter() - began, 2)
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of every package whose code makes the result."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def device_name(device) -> str:
-    """For instance "cuda: NVIDIA H200" or "cpu: x86_64, 2 cores"."""
-    import torch
-
-    if device.type == "cuda":
-        return f"cuda: {torch.cuda.get_device_name(device)}"
-    return f"cpu: {platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Writes a JSON file in one step.
-
-    Raises:
-        VideoError: it cannot be written.
-    """
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")

@@ -151,7 +151,8 @@ def load(given: ExportSettings) -> tuple[InflatedHandle, nn.Module, Shape]:
     from safetensors import SafetensorError
 
     from tvkernels._inflate import inflate
-    from tvkernels.edit import method_numbers, preferred_device
+    from tvkernels.demo.settings import method_numbers
+    from tvkernels.devices import pick_device
     from tvkernels.runtime.program import shape_of
 
     model = MODEL_DIR if given.model == EMBEDDED else given.model
@@ -170,7 +171,7 @@ def load(given: ExportSettings) -> tuple[InflatedHandle, nn.Module, Shape]:
     dtype = getattr(torch, DTYPES[given.dtype])
     wide = torch.float64 if dtype == torch.float32 else torch.float32
     # Compiled code is of the device it was compiled on.
-    device = preferred_device() if given.format == "aoti" else "cpu"
+    device = pick_device() if given.format == "aoti" else "cpu"
     exact = copy.deepcopy(unet).to(device, wide)
     handle = unet.to(device, dtype)._tvkernels_handle
     frames = numbers.frames if given.frames is None else given.frames
@@ -206,7 +207,7 @@ def clip_counts(given: ExportSettings, handle: InflatedHandle) -> tuple[int, int
 
     Where frames are clips of one, there are as many as are edited.
     """
-    from tvkernels.edit import method_numbers
+    from tvkernels.demo.settings import method_numbers
     from tvkernels.runtime.program import mixes_frames
 
     clips = 1

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 from tvkernels.config import ConfigError, EditSettings
 from tvkernels.pipelines.guides import load_guides, prepared
-from tvkernels.pipelines.words import WordError, changed_words, check_words
+from tvkernels.pipelines.words import WordError, changed_words, check_words, word_tokens
 from tvkernels.video import Video, read_mask
 
 if TYPE_CHECKING:
-    from tvkernels.pipelines.one_shot import OneShotPipeline
+    from tvkernels.pipelines.one_shot import OneShotPipeline, Settings
 
 Words = list[tuple[str, str]]
 
@@ -20,9 +20,16 @@ class Front:
 
     Attributes:
         takes: names of `EditSettings` that this method takes beside what all of them take.
+        reads_source: whether the source prompt matters where nothing is tuned.
+        draws: whether anything is drawn where nothing is tuned.
+        stages: what goes before sampling, as `fit` and `invert` are called in lines and records;
+            a method without an inversion has one.
     """
 
     takes: tuple[str, ...] = ()
+    reads_source = False
+    draws = False
+    stages: tuple[str, ...] = ("tuning", "inversion")
 
     def check(self, given: EditSettings) -> list[str]:
         """What can be wrong before anything is read; lines for the user.
@@ -31,6 +38,13 @@ class Front:
             ConfigError: one line that says what to do.
         """
         return []
+
+    def check_tokens(self, settings: EditSettings, numbers: Settings, tokenizer) -> None:
+        """What can be wrong with the prompts as the model reads them.
+
+        Raises:
+            ConfigError: one line that says what to do.
+        """
 
     def load(self, settings: EditSettings) -> dict[str, Any]:
         """What the pipeline takes when it is loaded.
@@ -63,10 +77,11 @@ class Front:
 
 class BlendedDiffusion(Front):
     takes = ("words", "mask")
+    reads_source = True
 
     def check(self, given: EditSettings) -> list[str]:
         if given.words and given.mask:
-            raise ConfigError("give either --words or --mask: a mask takes the words' place")
+            raise ConfigError("give either --words or --mask: a mask is used instead of words")
         if given.max_memory is not None:
             raise ConfigError(
                 f"--max-memory does not account for what {given.method} keeps of every step: "
@@ -87,6 +102,15 @@ class BlendedDiffusion(Front):
             return []
         pairs = (", ".join(f"{old} -> {new}" for old, new in words) for words in found)
         return [f"words that change: {text}" for text in pairs]
+
+    def check_tokens(self, settings: EditSettings, numbers: Settings, tokenizer) -> None:
+        for prompt in settings.prompts if settings.mask is None else ():
+            for old, new in self._words(settings, prompt):
+                try:
+                    word_tokens(tokenizer, settings.source_prompt, old, numbers.after)
+                    word_tokens(tokenizer, prompt, new, numbers.after)
+                except WordError as error:
+                    raise ConfigError(f"--words: {error}") from None
 
     def call(self, settings: EditSettings, video: Video, prompt: str) -> dict[str, Any]:
         if settings.mask is None:
@@ -111,6 +135,8 @@ class StableVideo(Front):
         "mask", "foreground_prompt", "background_prompt", "controlnet_canny", "controlnet_depth",
         "depth_model", "atlas_dir",
     )  # fmt: skip
+    draws = True
+    stages = ("atlas",)
 
     def check(self, given: EditSettings) -> list[str]:
         if given.max_memory is not None:
@@ -127,6 +153,24 @@ class StableVideo(Front):
             raise ConfigError(
                 "give either --atlas-dir or --mask: the atlas has its layers already"
             )
+        for option, value, part in (
+            ("--controlnet-canny", given.controlnet_canny, given.foreground_prompt != ""),
+            ("--controlnet-depth", given.controlnet_depth, given.background_prompt),
+        ):
+            if value is not None and not part:
+                raise ConfigError(f"{option} guides a part that stays as it is: leave it out")
+        if given.foreground_prompt == "" and not given.background_prompt:
+            raise ConfigError(
+                "an empty --foreground-prompt leaves the objects as they are: say with "
+                "--background-prompt what should change"
+            )
+        if given.foreground_prompt is not None:
+            if len(given.prompts) > 1:
+                raise ConfigError(
+                    f"{len(given.prompts)} prompts would give the same clip: --foreground-prompt "
+                    "is used instead of them, so give one"
+                )
+            return ["the prompt has no effect: --foreground-prompt is used instead"]
         return []
 
     def load(self, settings: EditSettings) -> dict[str, Any]:

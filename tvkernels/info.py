@@ -14,6 +14,7 @@ import torch
 import tvkernels
 from tvkernels import _native
 from tvkernels._dispatch import BACKENDS, OPS
+from tvkernels.devices import devices, pick_device, pick_dtype
 from tvkernels.ops import NAMES
 from tvkernels.runtime import BACKENDS as RUNTIMES
 from tvkernels.runtime import why_not
@@ -27,21 +28,28 @@ def report() -> dict:
     """Versions, devices, and for every op and backend all reasons why it cannot run.
 
     Returns:
-        ``versions`` (name -> version or "not installed"), ``devices`` (one text each), ``sample``
-        (device and dtype of the sample calls), ``ops`` (op -> ``case``, the named case sampled,
-        and ``backends``: backend -> list of reasons, empty where it runs), ``runtimes`` (runtime
-        -> list of reasons); all of it fits JSON.
+        ``versions`` (name -> version or "not installed"), ``devices`` (one text each), ``auto``
+        (the device and, except for the embedded model, the dtype that an edit takes by itself),
+        ``sample`` (device and dtype of the sample calls), ``ops`` (op -> ``case``, the named case
+        sampled, and ``backends``: backend -> list of reasons, empty where it runs), ``runtimes``
+        (runtime -> list of reasons); all of it fits JSON.
         A backend is asked, not tried: no kernel runs.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.float16 if device == "cuda" else torch.float32
+    chosen = pick_device()
     return {
         "versions": _versions(),
         "devices": _devices(),
-        "sample": {"device": device, "dtype": str(dtype).removeprefix("torch.")},
+        "auto": {"device": str(chosen), "dtype": _plain(pick_dtype("auto", chosen))},
+        "sample": {"device": device, "dtype": _plain(dtype)},
         "ops": {name: _op(name, device, dtype) for name in NAMES},
         "runtimes": {name: _runtime(name, device) for name in RUNTIMES},
     }
+
+
+def _plain(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _versions() -> dict[str, str]:
@@ -100,19 +108,30 @@ def _devices() -> list[str]:
             f"cuda:{index}: {p.name}, sm_{p.major}{p.minor}, "
             f"{p.multi_processor_count} multiprocessors, {p.total_memory / 2**30:.1f} GiB"
         )
-    return found
+    others = [name for name in devices() if name.partition(":")[0] not in ("cpu", "cuda")]
+    return found + [f"{name}: through composed PyTorch, never tried" for name in others]
 
 
 def _op(name: str, device: str, dtype: torch.dtype) -> dict:
     spec = importlib.import_module(f"tvkernels.ops.{name}.spec").SPEC
     case = spec.small_cases[0]
     try:
-        args = registered_arguments(spec, build(spec, case, dtype, device=device))
+        args = _arguments(spec, device, dtype)
     except Exception as error:  # a report of what is broken must not break with it
         reason = f"the sample call failed: {type(error).__name__}: {error}"
         return {"case": case, "backends": {backend: [reason] for backend in BACKENDS}}
     reasons = {backend: OPS[name].why_not(backend, *args) for backend in BACKENDS}
     return {"case": case, "backends": reasons}
+
+
+def _arguments(spec, device: str, dtype: torch.dtype) -> tuple:
+    return registered_arguments(spec, build(spec, spec.small_cases[0], dtype, device=device))
+
+
+def backend_reasons(backend: str, device: torch.device, dtype: torch.dtype) -> list[str]:
+    """Why a small call of frame_attention cannot run on a backend; empty if it can."""
+    spec = importlib.import_module("tvkernels.ops.frame_attention.spec").SPEC
+    return OPS["frame_attention"].why_not(backend, *_arguments(spec, str(device), dtype))
 
 
 def _runtime(name: str, device: str) -> list[str]:
@@ -126,7 +145,12 @@ def text(data: dict) -> str:
     """The report as plain lines."""
     width = max(map(len, data["versions"]))
     lines = [f"{name:<{width}}  {version}" for name, version in data["versions"].items()]
-    lines += ["", *data["devices"], ""]
+    lines += ["", *data["devices"]]
+    taken = data["auto"]
+    lines.append(
+        f"auto takes {taken['device']} and {taken['dtype']}, float32 of the embedded model"
+    )
+    lines.append("")
     sample = data["sample"]
     lines.append(f"ops, asked with a small {sample['dtype']} call on {sample['device']}:")
     width = max(map(len, BACKENDS))

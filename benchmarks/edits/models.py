@@ -11,7 +11,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from tvkernels.config import EMBEDDED, ConfigError
 from tvkernels.demo import MODEL_DIR
-from tvkernels.edit import method_numbers, preferred_device
+from tvkernels.demo.settings import method_numbers
+from tvkernels.devices import pick_device
 from tvkernels.pipelines import pipeline_class
 from tvkernels.pipelines.checks import ModelError
 from tvkernels.pipelines.loading import load_pipeline
@@ -59,7 +60,7 @@ def load(
     if model in RANDOM:
         parts = random_parts(RANDOM[model])
         pipe = pipeline_class(method)(**parts, settings=settings, backend=backend)
-        pipe.to(preferred_device())
+        pipe.to(pick_device())
     else:
         folder = str(MODEL_DIR) if model == EMBEDDED else model
         try:

@@ -25,14 +25,16 @@ from tvkernels.benchmarks.stored import append
 from tvkernels.config import ConfigError
 from tvkernels.demo import MODEL_DIR
 from tvkernels.demo.measure import edit_scene
+from tvkernels.demo.settings import method_numbers
 from tvkernels.demo.world import edit_pair
-from tvkernels.edit import NUMBERS, device_name, method_numbers, versions
+from tvkernels.edit import NUMBERS
 from tvkernels.fronts import FRONTS
 from tvkernels.patterns import FramePattern
 from tvkernels.pipelines import METHODS
 from tvkernels.pipelines.cache import Cache
 from tvkernels.pipelines.loading import load_pipeline
 from tvkernels.recipes import ABLATIONS, RECIPES, Recipe
+from tvkernels.record import device_name, versions
 from tvkernels.video import check_output
 
 ROWS = RESULTS / "quality.jsonl"

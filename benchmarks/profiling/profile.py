@@ -21,12 +21,13 @@ from tvkernels.benchmarks.profiling.counts import Counting, Group
 from tvkernels.benchmarks.timing import quiet
 from tvkernels.config import EMBEDDED, ConfigError
 from tvkernels.demo import MODEL_DIR
+from tvkernels.demo.settings import method_numbers
 from tvkernels.demo.world import edit_pair
-from tvkernels.edit import method_numbers, write_json
 from tvkernels.pipelines import METHODS
 from tvkernels.pipelines.checks import check_model, model_size
 from tvkernels.pipelines.common import decode_latents
 from tvkernels.pipelines.loading import load_pipeline
+from tvkernels.record import write_json
 from tvkernels.runtime import BACKENDS, accelerate, why_not
 from tvkernels.video import atomic_path, check_output
 

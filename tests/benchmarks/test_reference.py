@@ -18,8 +18,8 @@ from tvkernels.atlas import AtlasSettings, train_atlas
 from tvkernels.atlas.keys import median
 from tvkernels.benchmarks.reference import REFERENCES, load_reference
 from tvkernels.demo import MODEL_DIR
+from tvkernels.demo.settings import method_numbers
 from tvkernels.demo.world import heldout_scene
-from tvkernels.edit import method_numbers
 from tvkernels.pipelines import pipeline_class
 from tvkernels.pipelines.loading import load_pipeline
 from tvkernels.pipelines.stable_video import _Job

@@ -13,9 +13,10 @@ from rich.table import Table
 
 from tvkernels.demo import MODEL_DIR
 from tvkernels.demo.measure import edit_scene
+from tvkernels.demo.settings import method_numbers
 from tvkernels.demo.world import Scene, edit_pair
-from tvkernels.edit import device_name, method_numbers, versions, write_json
 from tvkernels.pipelines.loading import load_pipeline
+from tvkernels.record import device_name, versions, write_json
 from tvkernels.video import check_output, contact_sheet, read_video, write_video
 
 QUICK = ("frame-by-frame", "tune-a-video", "ei2")

@@ -4,7 +4,13 @@ The papers tune a model of 860 million parameters, 500 steps at 3e-5; this UNet 
 A method that is not listed keeps its own numbers.
 """
 
-from typing import Any
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tvkernels.pipelines.one_shot import Settings
 
 # Tried on scenes 2, 3, 4 and 6, one run each. Guidance 4 against 7.5: frame by frame keeps 1.7 and
 # 1.9 dB more background at 4, EI2 1.0 and 0.6 dB less; 5 lies between and was not tried itself.
@@ -34,3 +40,24 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "blended-diffusion": {"steps": 20, "guidance": 5.0, "levels": (0,), "floor": "mean",
                           "after": 1},
 }  # fmt: skip
+
+
+def method_numbers(method: str, embedded: bool) -> tuple[Settings, dict[str, str]]:
+    """A method's settings, those above instead of its own for the embedded model.
+
+    Returns:
+        Settings, and for each replaced number a text, such as "tune_steps 40 (500)".
+    """
+    from tvkernels.pipelines.loading import quiet_class
+
+    own = quiet_class(method).settings
+    overrides = OVERRIDES.get(method, {}) if embedded else {}
+    changed = {n: v for n, v in overrides.items() if getattr(own, n) != v}
+    said = {n: f"{n} {_plain(value)} ({_plain(getattr(own, n))})" for n, value in changed.items()}
+    return replace(own, **changed), said
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ", ".join(map(str, value))
+    return f"{value:g}" if isinstance(value, (int, float)) else str(value)
