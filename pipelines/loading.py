@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tvkernels.pipelines import pipeline_class
-from tvkernels.pipelines.checks import ModelError, check_embedding, check_model
+from tvkernels.pipelines.checks import ModelError, check_embedding, check_lora, check_model
 
 if TYPE_CHECKING:
     import torch
