@@ -67,7 +67,7 @@ class InflatedHandle(Handle):
         self.recipe = recipe
         self._spectral: list[SpectralLinear] = []
         self._time: TimeTable | None = None
-        self._adapters: tuple = ()
+        self._seen = ((), False)  # adapters, and whether weights are offloaded
 
     def tuned_parameters(self) -> dict[str, nn.Parameter]:
         """name -> parameter that tuning reaches; all others are frozen."""
@@ -122,10 +122,16 @@ class InflatedHandle(Handle):
             return False
         return all(untouched(part) for layer in self._cross() for part in (layer.to_k, layer.to_v))
 
-    def holds_time(self) -> bool:
+    def holds_time(self, found: Guests | None = None) -> bool:
         """Whether `project_time` stands for the timestep, as `holds_text`; nor are there layers
-        that came after inflation."""
-        return self._time is not None and self._time.in_place() and not guests(self.model).moved
+        that came after inflation.
+
+        Args:
+            found: what sits on the model, if it is known.
+        """
+        if self._time is None or not self._time.in_place():
+            return False
+        return not (found or guests(self.model)).moved
 
     def _cross(self) -> list[nn.Module]:
         return [
@@ -186,10 +192,12 @@ class InflatedHandle(Handle):
         found = super().check()
         if found.cast:
             raise TypeError(CAST)
-        if found.adapters != self._adapters:
-            self._adapters = found.adapters
-            for module in self._spectral:  # a merge leaves no trace on a weight
-                module.weight_changed()
+        seen = (found.adapters, found.moved)
+        if seen != self._seen:
+            self._seen = seen
+            for module in self._spectral:
+                module.weight_changed()  # a merge leaves no trace on a weight
+                module.offloaded = found.moved
         return found
 
     def weights_changed(self) -> None:

@@ -24,6 +24,8 @@ class SpectralLinear(nn.Linear):
         self.register_buffer("v", torch.ones(in_features, device=device))
         self.register_buffer("exact", torch.ones((), device=device), persistent=False)
         self._stale, self._seen = True, None
+        self._found: Tensor | None = None  # what `exact` holds
+        self.offloaded = False  # and loses, where its old value is fetched for each call
         self.power_iterate(15)  # from any start; one a step follows the weight from there
 
     @torch.no_grad()
@@ -50,9 +52,10 @@ class SpectralLinear(nn.Linear):
             self._stale |= seen != self._seen
             self._seen = seen
         if self._stale:
-            self.exact.copy_(spectral_sigma(self.weight.detach()))
+            self._found = spectral_sigma(self.weight.detach()).to(self.exact)
+            self.exact.copy_(self._found)
             self._stale = False
-        return self.exact
+        return self._found if self.offloaded else self.exact
 
     def weight_changed(self) -> None:
         """To be called after a change that a weight's version does not show."""

@@ -145,22 +145,23 @@ class Handle:
 
     def _enter(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Before every call of the model: are we still in place, how many frames, what size."""
-        if torch.compiler.is_compiling():
-            self._check_processors()  # what more there is would be fixed in the graph
-        else:
-            self.check()
         if "cross_attention_kwargs" in self._parameters[: len(args)]:
             first = self._parameters.index("cross_attention_kwargs")
             kwargs = {**dict(zip(self._parameters[first:], args[first:], strict=False)), **kwargs}
             args = args[:first]
         named = dict(kwargs.get("cross_attention_kwargs") or {})
-        frames, one_clip = named.get("num_frames"), False
+        frames, one_clip, checked = named.get("num_frames"), False, False
         if named:
             # Layers left alone would warn of keywords that they do not know.
             named.pop("num_frames", None)
             one_clip = named.pop("one_clip", False)
+            checked = named.pop("checked", False)
             named = {n: v for n, v in named.items() if v is not None or n not in OPTIONAL}
             kwargs = {**kwargs, "cross_attention_kwargs": named or None}
+        if torch.compiler.is_compiling():
+            self._check_processors()  # what more there is would be fixed in the graph
+        elif not checked:
+            self.check()
         sample = args[0] if args else kwargs["sample"]
         if sample.dim() == 5:
             told = self.clip.num_frames if frames is None else frames

@@ -60,7 +60,7 @@ def guests(model: nn.Module) -> Guests:
     cast = moved = False
     versions, identities, adapters = 0, 0, []
     for module in every(model):
-        own = vars(module)
+        own = module.__dict__
         if "_diffusers_hook" in own:
             hooks = own["_diffusers_hook"].hooks
             cast |= CASTING in hooks
@@ -70,9 +70,9 @@ def guests(model: nn.Module) -> Guests:
         if "base_layer" in own["_modules"]:
             adapters.append(adapter_state(module))
         for parameter in own["_parameters"].values():
-            if parameter is not None:
+            if parameter is not None and not parameter.is_inference():  # which have no version
                 identities ^= id(parameter)
-                versions += 0 if parameter.is_inference() else parameter._version
+                versions += parameter._version
     found = tuple(adapters)
     return Guests(cast, moved, (identities, versions, found), found)
 

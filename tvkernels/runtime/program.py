@@ -94,6 +94,7 @@ class VideoStep(nn.Module):
         named = {
             "num_frames": frames,
             "one_clip": one_clip,
+            "checked": True,  # by the runner, for all runtimes
             "tables": self.tables if tables is None else tables,
             "maps": maps,
         }

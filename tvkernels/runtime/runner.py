@@ -14,6 +14,7 @@ from tvkernels._inflate import STALE_TIME, InflatedHandle
 from tvkernels._ranges import watch
 from tvkernels.patterns import FrameTable
 from tvkernels.processors.maps import LEVELS
+from tvkernels.processors.touched import Guests
 from tvkernels.runtime.program import mixes_frames, shape_of
 
 # Each is a module beside this one. There is no "auto": what is fastest depends on how often the
@@ -140,24 +141,25 @@ class Runner:
     def _state(self, scale: float = 1.0) -> tuple:
         return *self.handle.check().weights, scale
 
-    def _current(self, text: Tensor, timestep: Tensor, state: tuple) -> tuple:
+    def _current(self, text: Tensor, timestep: Tensor, found: Guests, scale: float) -> tuple:
         """Text and timestep as the weights of now have them, and the timestep as a number."""
+        state = (*found.weights, scale)
         whole = text if text._base is None else text._base
         states, before = getattr(whole, "_made", (None, state))
         if before != state:
             if not self.handle.holds_text():
                 raise ValueError("text was projected before the UNet changed: call text() again")
-            whole.copy_(self._scaled(state[-1], self.handle.project_text, states))
+            whole.copy_(self._scaled(scale, self.handle.project_text, states))
             whole._made = (states, state)
         if timestep.dim() != 2:
             return text, timestep.reshape(()), None
         number, before = getattr(timestep, "_made", (None, state))
-        if not self.handle.holds_time():
+        if not self.handle.holds_time(found):
             if number is None:
                 raise ValueError(STALE_TIME)
             return text, number.to(text.device), None
         if before != state:
-            timestep = self._scaled(state[-1], self.handle.project_time, number[None])
+            timestep = self._scaled(scale, self.handle.project_time, number[None])
         return text, timestep, number
 
     def _scaled(self, scale: float, project: Callable, given: Tensor) -> Tensor:
@@ -236,9 +238,7 @@ class Runner:
             )
         if not isinstance(timestep, Tensor):
             timestep = torch.as_tensor(timestep, device=sample.device)
-        text, timestep, number = self._current(
-            encoder_hidden_states, timestep, (*found.weights, scale)
-        )
+        text, timestep, number = self._current(encoder_hidden_states, timestep, found, scale)
         text, timestep = text.to(sample.dtype), timestep.to(sample.device)
         if self._module.LIVE:
             step = self._step(sample, timestep, text, frames)
