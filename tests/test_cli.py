@@ -1,14 +1,11 @@
 """`tvk`: whole edits, and one clear line for everything that can be wrong."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import pytest
+from fresh import fresh, printed
 
 pytest.importorskip("av")
 pytest.importorskip("diffusers")
@@ -254,7 +251,7 @@ BAD = {
     "too many frames": ("--frames 5", "ask for at most 4"),
     "start after the end": ("--start 9", "start must be under 4"),
     "unreachable size": ("--size 50x64", "the nearest is 48x64"),
-    "size of a runtime": ("--size 72x64 --runtime aoti", "multiples of 64, the nearest is 64x64"),
+    "size of a runtime": ("--size 72x64 --runtime onnx", "not 72x64: ask for --size 64x64"),
     "negative size": ("--size -8", "size: "),
     "unknown method": ("--method ei3", "use one of ei2, tune-a-video"),
     "tuning nothing": ("--method frame-by-frame --tune-steps 2", "leave out --tune-steps"),
@@ -402,10 +399,7 @@ runpy.run_module("tvkernels", run_name="__main__")
 )
 def test_what_is_not_installed_is_named_with_its_extra(package, extra, place, tmp_path):
     arguments = ["edit", place / "clip.mp4", *WORDS, "-o", tmp_path / "out.mp4"]
-    done = subprocess.run(
-        [sys.executable, "-c", ABSENT, package, *map(str, arguments)],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    done = fresh(ABSENT, package, *arguments)
     assert done.returncode == 2
     line = one_line(done.stderr)
     assert f"{package} is not installed" in line and extra in line
@@ -423,7 +417,7 @@ def test_memory_that_is_not_there_is_no_defect(edit, monkeypatch):
 
 
 def test_cheap_mistakes_are_found_before_the_slow_imports():
-    code = textwrap.dedent("""
+    code = """
         import sys
         from tvkernels.cli import main
 
@@ -432,9 +426,8 @@ def test_cheap_mistakes_are_found_before_the_slow_imports():
         assert main(["edit", "gone.mp4", "--method", "ei3", *words]) == 2
         assert main(["--help"]) == main(["edit", "--help"]) == 0
         assert not {"diffusers", "transformers", "av"} & set(sys.modules)
-    """)
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    """
+    printed(code)
 
 
 # A real signal to a real process, in the third step of its tuning.
@@ -463,10 +456,7 @@ def test_ctrl_c_while_tuning_leaves_the_cache_valid(edit, place, tmp_path):
         "edit", place / "clip.mp4", *WORDS, "--model", place / "model", *TINY,
         "--tune-steps", "100", "--cache", tmp_path / "cache", "-o", tmp_path / "late.mp4",
     ]  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-c", INTERRUPTED, *map(str, arguments)],
-        cwd=ROOT, capture_output=True, text=True, env=os.environ,
-    )  # fmt: skip
+    done = fresh(INTERRUPTED, *arguments)
     assert done.returncode == 130, done.stderr
     assert "interrupted" in one_line(done.stderr)
     assert sorted((tmp_path / "cache").iterdir()) == entries

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import shutil
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -131,29 +131,29 @@ def slug(prompt: str) -> str:
     return f"{name}-edited" if name in RESERVED else name or "edited"
 
 
+def nearest(sides: Sequence[int], multiple: int) -> tuple[int, ...]:
+    """The multiples that are nearest to these pixels, one at least."""
+    return tuple(max(1, (2 * side + multiple) // (2 * multiple)) * multiple for side in sides)
+
+
 def fit_size(given: EditSettings) -> tuple[int | tuple[int, int], int, list[str]]:
     """The size to read the clip at, what both sides divide by, and lines for the user.
 
     Raises:
         ConfigError: a height and width that cannot be; the nearest that can are named.
     """
-    model, why = model_of(given), "the model"
-    largest, multiple = model_size(model)
-    if not runs_live(given.runtime):
-        # What is exported has each of the UNet's halvings for one size alone.
-        multiple *= 2 ** (len(configuration(model, "unet")["block_out_channels"]) - 1)
-        why = f"the runtime {given.runtime}"
+    largest, multiple = model_size(model_of(given))
     size = given.size or largest
     sides = (size,) if isinstance(size, int) else size
-    near = tuple(max(1, (2 * side + multiple) // (2 * multiple)) * multiple for side in sides)
+    near = nearest(sides, multiple)
     lines = []
     if near != tuple(sides):
         if not isinstance(size, int):
             raise ConfigError(
-                f"size {sides[1]}x{sides[0]} cannot be: {why} takes multiples of {multiple}, "
+                f"size {sides[1]}x{sides[0]} cannot be: the model takes multiples of {multiple}, "
                 f"the nearest is {near[1]}x{near[0]}"
             )
-        lines.append(f"size {size} becomes {near[0]}: {why} takes multiples of {multiple} pixels")
+        lines.append(f"size {size} becomes {near[0]}: the model takes multiples of {multiple}")
     if min(near) > largest:
         lines.append(
             f"size {min(near)} is above the {largest} pixels that the model was trained on: "
@@ -239,11 +239,6 @@ def check_idle(given: EditSettings, settings: EditSettings) -> list[str]:
     return lines
 
 
-def runs_live(runtime: str) -> bool:
-    """Whether a runtime runs the UNet itself, not a program that was exported for one size."""
-    return importlib.import_module(f"tvkernels.runtime.{runtime}").LIVE
-
-
 def check_runtime(settings: EditSettings, device: torch.device, dtype: torch.dtype) -> None:
     """Whether runtime, backend and dtype can run on the device, before any weights are loaded.
 
@@ -274,6 +269,18 @@ def check_runtime(settings: EditSettings, device: torch.device, dtype: torch.dty
     reasons = why_not(settings.runtime, device.type)
     if reasons:
         raise ConfigError(f"the runtime {settings.runtime} cannot run here: {'; '.join(reasons)}")
+    if importlib.import_module(f"tvkernels.runtime.{settings.runtime}").LIVE:
+        return
+    # What is exported has one size at each of the UNet's halvings.
+    _, multiple = model_size(model_of(settings))
+    multiple *= 2 ** (len(configuration(model_of(settings), "unet")["block_out_channels"]) - 1)
+    near = nearest(settings.size, multiple)
+    if near != tuple(settings.size):
+        height, width = settings.size
+        raise ConfigError(
+            f"the runtime {settings.runtime} takes sides that are multiples of {multiple}, not "
+            f"{width}x{height}: ask for --size {near[1]}x{near[0]} or another such"
+        )
 
 
 @contextmanager

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from tvkernels.pipelines.cache import Cache
     from tvkernels.pipelines.one_shot import OneShotPipeline, Settings
     from tvkernels.runtime.memory import Plan
+    from tvkernels.video._audio import Audio
 
 NUMBERS = ("tune_steps", "learning_rate", "steps", "guidance")
 Say = Callable[[str], None]
@@ -82,6 +83,8 @@ def edit(given: EditSettings, notes: list[str], say: Say) -> list[Path]:
         settings = settings.model_copy(update={"frames": len(video)})
         needed = sizing.check_memory(settings, numbers, *told)
     beforehand.check_written(outputs, video)
+    if not settings.audio:
+        notes.append("no sound is written" + ("" if video.audio else ", and the clip has none"))
     fitting = own.fit(settings, video)
     calls = [own.call(settings, video, prompt) for prompt in settings.prompts]
     say(headline(settings))
@@ -119,9 +122,8 @@ def edit(given: EditSettings, notes: list[str], say: Say) -> list[Path]:
             pipe.set_progress_bar_config(desc="sampling", leave=False, disable=None)
             latents = sample(pipe, prompt, settings, plan, **call)
         with clock("decoding"):
-            kept = sound(settings, video, output, say)
-            more = {} if kept is None else {"audio": kept}
-            write_video(output, decode(pipe, latents, plan), video.fps, **more)
+            heard = sound(settings, video, output, say)
+            write_video(output, decode(pipe, latents, plan), video.fps, audio=heard)
         record["settings"].update(prompts=[prompt], output=str(output), **own.record(call))
         record["seconds"] = {**clock.seconds, "total": round(time.perf_counter() - began, 2)}
         record["date"] = datetime.now(UTC).isoformat(timespec="seconds")
@@ -179,12 +181,9 @@ def whole_clip(
     return f"{'; '.join(parts)}; --frames takes fewer"
 
 
-def sound(settings: EditSettings, video: Video, output: Path, say: Say):
+def sound(settings: EditSettings, video: Video, output: Path, say: Say) -> Audio | None:
     """The clip's sound as far as the output keeps it, None if there is none; says what is lost."""
-    if getattr(video, "audio", None) is None:
-        return None
-    if not settings.audio:
-        say("the sound is left out, as asked for")
+    if video.audio is None or not settings.audio:
         return None
     if output.suffix.lower() != ".mp4":
         say(f"the sound is left out: {output.name} holds pictures alone, an mp4 would keep it")
