@@ -2,12 +2,11 @@
 
 import copy
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
 from filelock import FileLock
+from fresh import printed
 from tiny_unets import one_level_unet, seeded
 
 import tvkernels
@@ -59,9 +58,7 @@ def exported(recipe: str, tmp_path_factory) -> Path:
     folder = base / f"export-{recipe}"
     with FileLock(base / f"export-{recipe}.lock"):
         if not folder.exists():
-            command = [sys.executable, "-c", WITHOUT_TRITON, str(Path(__file__).parent)]
-            done = subprocess.run([*command, recipe, str(folder)], capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr
+            printed(WITHOUT_TRITON, Path(__file__).parent, recipe, folder)
     return folder / "unet" / "model.onnx"
 
 

@@ -25,7 +25,8 @@ def fresh(code: str, *arguments, cwd=ROOT, env=None) -> SimpleNamespace:
         Its `returncode`, `stdout` and `stderr`.
     """
     given = {"code": textwrap.dedent(code), "arguments": [os.fspath(a) for a in arguments]}
-    given |= {"cwd": os.fspath(cwd), "env": dict(env or {})}
+    env = {name: value for name, value in (os.environ | (env or {})).items() if value is not None}
+    given |= {"cwd": os.fspath(cwd), "env": env}
     server = _server()
     server.stdin.write(json.dumps(given) + "\n")
     server.stdin.flush()
@@ -75,11 +76,8 @@ def _run(given, out, err):
     os.dup2(out.fileno(), 1)
     os.dup2(err.fileno(), 2)
     os.chdir(given["cwd"])
-    for name, value in given["env"].items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
+    os.environ.clear()
+    os.environ.update(given["env"])
     sys.argv = ["-c", *given["arguments"]]
     status = 0
     try:

@@ -27,7 +27,6 @@ SPECS = {name: spec for name, spec in specs().items() if "triton" in OPS[name].b
 CASES = [(op, case) for op, spec in SPECS.items() for case in spec.small_cases]
 TRAINED = [(op, case) for op, case in CASES if SPECS[op].gradients]
 DTYPES = (torch.float32, torch.float16)
-SEEDS = range(2)  # each is a run of the interpreter, forward and backward
 IN_TURNS = {"quick": lambda turn, value: value == turn % 2}
 
 
@@ -50,7 +49,9 @@ def test_extreme_values(op, case, extreme):
 
 @pytest.mark.parametrize(("op", "case", "dtype"), product(TRAINED, DTYPES, **IN_TURNS))
 def test_gradients_within_error_budget(op, case, dtype):
-    check_gradients(SPECS[op], case, dtype, "triton", SEEDS)
+    # Each seed is a run of the interpreter; one number, as sigma's gradient is, takes several.
+    seeds = range(3 if any(isinstance(x, str) for x in SPECS[op].gradients) else 1)
+    check_gradients(SPECS[op], case, dtype, "triton", seeds)
 
 
 def test_what_saved_a_tensor_before_it_is_blended_in_place_is_told():

@@ -71,7 +71,14 @@ def test_diffusers_form():
         assert torch.equal(named[0], runner(sample, t, text, tables=other).sample)
 
 
-@every_recipe
+# TCVE takes more of torch.compile than the others, which share their graphs' kinds with EI2.
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        pytest.param(r, marks=[] if name in ("ei2", "tcve") else pytest.mark.slow, id=name)
+        for name, r in RECIPES.items()
+    ],
+)
 def test_compiled_once_for_steps_prompts_patterns_and_frame_counts(recipe):
     """From 16 images on: below, PyTorch's convolutions for CPUs are others, with a graph of their
     own. What the compiler makes of the graph is another test's."""
@@ -239,7 +246,11 @@ def test_an_exported_package_holds_its_weights(tmp_path):
 
 def test_regional_graphs_are_as_many_as_sizes():
     """Blocks of one size share one; more clips are other sizes."""
-    unet = tiny_unet()
+    unet = tiny_unet(
+        down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2,
+        block_out_channels=(32, 64),
+    )  # fmt: skip
+    blocks = sum(type(m).__name__ == "BasicTransformerBlock" for m in unet.modules())
     with inflate(unet, recipes.EI2, generator=seeded()):
         eager = accelerate(copy.deepcopy(unet))
         runner = accelerate(unet, "compile", compiler="aot_eager", regional=True)
@@ -252,4 +263,4 @@ def test_regional_graphs_are_as_many_as_sizes():
                 time = eager.times(torch.tensor([step]))[0]
                 runner(sample, time, eager.text(text))
             assert graphs() == found and found[1] == {}
-    assert found[0] < 2 * 8
+    assert blocks == 7 and found[0] <= 2 * 5
