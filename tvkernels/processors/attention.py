@@ -144,7 +144,7 @@ class FrameAttnProcessor(AttnProcessor):
         if q.shape[1] != k.shape[1]:
             raise ValueError("FrameAttnProcessor serves self-attention layers only")
         images = None if torch.compiler.is_compiling() else self.clip.images
-        if images not in (None, q.shape[0]) and self.pattern != FramePattern.own():
+        if images not in (None, q.shape[0]) and not self.pattern.is_own:
             raise ValueError(
                 f"{q.shape[0]} sequences of tokens for {images} frames: something cuts frames "
                 "into windows, where no frame can read another's"

@@ -280,7 +280,8 @@ def choose_processors(
             chosen[name] = LibraryAttnProcessor(attention, clip)
     if not any(isinstance(p, (FrameAttnProcessor, LibraryAttnProcessor)) for p in chosen.values()):
         raise ValueError(
-            f"no self-attention layer of this {type(model).__name__} is named {[*patterns]}"
+            f"no self-attention layer of this {type(model).__name__} is one to serve: install "
+            "serves attn1 of transformer blocks over the positions of a frame"
         )
     check_replaceable({name: layers[name] for name in chosen})
     return chosen

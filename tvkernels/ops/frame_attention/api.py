@@ -85,7 +85,9 @@ def frame_attention(
             f"the pattern's table is of {table.num_frames} frames, k has {k.shape[1]}"
         )
     if free and grid is None and any(table.coarse_levels):
-        raise ValueError("this pattern pools tokens: pass grid=(h, w)")
+        raise ValueError(
+            "this pattern pools tokens: pass grid=(h, w), which merged tokens do not have"
+        )
     if grid is not None and grid[0] * grid[1] != q.shape[2]:
         raise ValueError(f"grid {tuple(grid)} does not hold the {q.shape[2]} tokens of a frame")
     h, w = grid or (0, 0)
