@@ -1,12 +1,13 @@
-"""Random calls of the native CPU ops against the reference: shapes, strides, alignments, dtypes.
+"""Calls of the native CPU ops against the reference: random shapes, strides, alignments, dtypes,
+and sizes at which a tail begins at every number of every vector of a block.
 
 A program of its own too, so that it can run at another level or beside a sanitizer:
 ``python tests/csrc/native_fuzz.py FOLDER ROUNDS [OP ...]``, where FOLDER holds the library.
 """
 
+import argparse
 import dataclasses
 import random
-import sys
 from pathlib import Path
 
 import torch
@@ -54,7 +55,7 @@ def temporal_conv(rng):
 
 
 def guided_ddim_step(rng):
-    shape = tuple(size(rng, 40) for _ in range(rng.randint(1, 5)))
+    shape = tuple(size(rng, most) for most in (40, 40, 9, 5, 5)[: rng.randint(1, 5)])
     mask = tuple(n if rng.random() < 0.6 else 1 for n in shape)[rng.randint(0, len(shape) - 1) :]
     return {
         "shape": shape, "guided": rng.random() < 0.5, "mask": rng.choice((None, mask, shape)),
@@ -97,6 +98,51 @@ SHAPES = {
 }  # fmt: skip
 
 
+def around(n):
+    return n - 1, n, n + 1
+
+
+VECTORS = range(1, 34)  # every number of the widest vector, alone and after another one
+BLOCK = range(1, 66)  # the same of four such vectors
+# The sizes of each op's axes that kernels walk in vectors, tiles or blocks.
+EDGES = {
+    "temporal_attention": {"f": VECTORS, "d": VECTORS},
+    "clip_group_norm": {"plane": (*BLOCK, *around(4096))},
+    "temporal_conv": {"plane": (*BLOCK, *range(113, 130))},
+    "guided_ddim_step": {"row": (*VECTORS, *around(1024))},
+    "frame_attention": {"grid": (*BLOCK, *around(128), *around(256)), "d": VECTORS},
+    "token_map_attention": {
+        "n": (*BLOCK, *around(256)), "d": VECTORS, "length": (*range(1, 10), *around(128)),
+    },
+    "shift_restricted_temporal_attention": {"width": VECTORS, "f": VECTORS},
+}  # fmt: skip
+
+
+def rows(n):
+    """n positions as height and width, several rows where that can be."""
+    height = next(k for k in (3, 2, 1) if n % k == 0)
+    return height, n // height
+
+
+PLACES = {
+    "plane": lambda n: {"shape": (1, 3, 8, *rows(n))},
+    "row": lambda n: {"shape": (2, n)},
+    "grid": lambda n: {"grid": rows(n), "f": 2, "pattern": "fine_coarse2_sized", "lse": True},
+    "length": lambda n: {"length": n, "tokens": (n - 1, 0)},
+    "width": lambda n: {"c": n, "heads": 1},
+}
+
+
+def edges(op, every=1):
+    """(seed, what a call sets of the op's smallest case) for one in `every` edges. One in four
+    still has a tail in every vector of four numbers or more.
+    """
+    named = [(axis, n) for axis, sizes in EDGES.get(op, {}).items() for n in sizes]
+    for seed in range(0, len(named), every):
+        axis, n = named[seed]
+        yield seed, PLACES[axis](n) if axis in PLACES else {axis: n}
+
+
 def laid_out(x, rng):
     """x, equal in value, at other strides and an odd address, with NaN in all the gaps."""
     if not isinstance(x, torch.Tensor) or not x.is_floating_point() or x.dim() == 0:
@@ -117,15 +163,19 @@ def laid_out(x, rng):
     return view.copy_(x)
 
 
-def check(op, seed):
-    """One random call of one op; the message names what must be known to repeat it."""
+def check(op, seed, edge=None):
+    """One call of one op, of random shapes or at an edge; the message names what must be known to
+    repeat it.
+    """
     rng = random.Random(f"{op} {seed}")
     spec = specs()[op]
-    case = rng.choice(spec.small_cases)
-    if op in SHAPES and rng.random() < 0.8:
-        drawn = {**spec.cases[case], **SHAPES[op](rng)}
-        spec = dataclasses.replace(spec, cases={case: drawn})
-    dtype = rng.choice(DTYPES)
+    case = spec.small_cases[0] if edge else rng.choice(spec.small_cases)
+    draws = 1 if edge else 4  # calls at edges are many
+    if edge is None and op in SHAPES and rng.random() < 0.8:
+        edge = SHAPES[op](rng)
+    if edge:
+        spec = dataclasses.replace(spec, cases={case: {**spec.cases[case], **edge}})
+    dtype = DTYPES[seed % len(DTYPES)]
     again = rng.getrandbits(32)
 
     def given(strides, seed, **make):
@@ -144,11 +194,11 @@ def check(op, seed):
         return dict(enumerate(found))
 
     def grads(backend, **make):
-        """Of several draws together, of 32 numbers or more: the rounding error of few, such as
+        """Of all draws together, of 128 numbers or more: the rounding error of few, such as
         sigma's one, says little.
         """
         drawn = []
-        for i in range(4):
+        for i in range(draws):
             strides = random.Random(again)
 
             def call(*positional, strides=strides, **keyword):
@@ -158,7 +208,7 @@ def check(op, seed):
                 return result
 
             drawn.append(gradients(spec, given(strides, 1000 * seed + i, **make), call)[1])
-        several = [name for name, grad in drawn[0].items() if grad.numel() >= 32]
+        several = [name for name, grad in drawn[0].items() if draws * grad.numel() >= 128]
         return {name: torch.stack([grad[name] for grad in drawn]) for name in several}
 
     def compare(run, factor, what):
@@ -189,18 +239,22 @@ def check_rounding():
         assert torch.equal(found.nan_to_num(), expected.nan_to_num()), dtype
 
 
-def main(folder, rounds, *ops):
-    _native.FOLDER = Path(folder)
-    torch.set_num_threads(2)
+def main(folder, rounds, ops, every):
+    _native.FOLDER = folder
     torch.use_deterministic_algorithms(True, warn_only=True)  # results begin as NaN
     level = _native.load("cpu").level()
     check_rounding()
     ops = ops or [op for op in specs() if "native" in OPS[op].backends]
-    for op in ops:
-        for seed in range(int(rounds)):
-            check(op, seed)
-    print(f"{len(ops)} ops, {rounds} calls each, level {level}")
+    found = [(op, *edge) for op in ops for edge in edges(op, every)]
+    for call in found + [(op, seed) for op in ops for seed in range(rounds)]:
+        check(*call)
+    print(f"{len(ops)} ops, {rounds} calls each, {len(found)} at edges, level {level}")
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("rounds", type=int)
+    parser.add_argument("ops", nargs="*")
+    parser.add_argument("--every", type=int, default=1, help="one in so many calls at edges")
+    main(**vars(parser.parse_args()))

@@ -1,15 +1,18 @@
 """The native libraries: how they build, what they import, when they load, and that they are right.
 
 Results at the best level of this CPU are tests/ops/test_ops.py's; here are the other levels,
-random calls, and the same calls under the address and undefined-behaviour sanitizers.
+random calls and calls where tails begin, and the same under the address and undefined-behaviour
+sanitizers.
 """
 
+import math
 import os
 import re
 import shutil
 import subprocess
 import sys
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import native_fuzz
@@ -33,12 +36,14 @@ SMALL = (torch.randn(1, 2, 3, 2, 8),) * 3
 
 
 def run(*command, **environment):
+    # Threads that wait by turning take busy cores from each other: 162 s of a fuzz against 20.
+    given = {"PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "passive"}
     result = subprocess.run(
         command,
         capture_output=True,
         text=True,
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
+        env=os.environ | given | environment,
         check=False,
     )
     assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
@@ -137,8 +142,75 @@ def test_auto_takes_it(op):
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("op", NATIVE)
 def test_random_calls(op):
-    for seed in range(25):
+    for seed in range(15):
         native_fuzz.check(op, 1000 + seed)
+
+
+@built
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("op", native_fuzz.EDGES)
+def test_calls_where_tails_begin(op):
+    for seed, edge in native_fuzz.edges(op, every=4):
+        native_fuzz.check(op, seed, edge)
+
+
+def test_a_tail_begins_in_every_vector():
+    """Of a norm's block of 64 positions, whatever the level's width, in every dtype."""
+    found = {
+        (math.prod(edge["shape"][3:]) % 64 // width, width, seed % len(native_fuzz.DTYPES))
+        for seed, edge in native_fuzz.edges("temporal_conv")
+        for width in (4, 8, 16)
+        if math.prod(edge["shape"][3:]) % width
+    }
+    assert len(found) == (16 + 8 + 4) * 3
+
+
+@built
+@pytest.mark.parametrize("positions", (1, 17, 33, 63))
+def test_positions_beyond_the_plane_have_no_share_in_gradients(positions):
+    """Their variance of nothing would be divided by, where eps is 0."""
+    generator = torch.Generator().manual_seed(positions)
+    x, grad = torch.randn(2, 1, 3, 4, 1, positions, generator=generator)
+    scale, shift = torch.randn(2, 4, generator=generator)
+
+    def gradients(backend, dtype):
+        given = [t.to(dtype).requires_grad_() for t in (x, scale, shift)]
+        taps = torch.eye(4, dtype=dtype)[..., None]
+        options = {"norm_weight": given[1], "norm_bias": given[2], "groups": 2, "eps": 0.0}
+        result = tvkernels.temporal_conv(given[0], taps, **options, backend=backend)
+        return torch.autograd.grad(result, given, grad.to(dtype))
+
+    both = gradients("native", x.dtype), gradients("reference", torch.float64)
+    for found, expected in zip(*both, strict=True):
+        torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-4)
+
+
+@built
+def test_numbers_beyond_a_run_have_no_share_in_gradients():
+    """A zero there, normalised by a large mean and a small spread, would be infinite."""
+    x = torch.full((1, 2, 2, 1, 2), 2.0**116)  # sums of it are exact: every number becomes shift
+    scale, shift = torch.full((2,), 30.0), torch.tensor((0.5, -1.0))
+    given = [t.requires_grad_() for t in (scale, shift)]
+    result = tvkernels.clip_group_norm(x, *given, 1, silu=True, backend="native")
+    found = torch.autograd.grad(result.sum(), given)
+    (slope,) = torch.autograd.grad(torch.nn.functional.silu(shift).sum(), shift)
+    assert torch.equal(found[0], torch.zeros(2))
+    torch.testing.assert_close(found[1], 4 * slope)
+
+
+@compiler
+def test_a_count_that_no_vector_has_ends_the_program(tmp_path):
+    """As it does in the sanitizers' build, at 16 floats a vector on any CPU."""
+    program = str(tmp_path / "counts")
+    source = ["-std=c++17", "-Icsrc", "-DTVK_LEVEL=wide", "-DTVK_CHECKED", "-Wno-psabi"]
+    run("g++", *source, "tests/csrc/counts.cpp", "-o", program)
+    for count in (0, 1, 16):
+        run(program, str(count))
+    for count in (-1, -64, 17):
+        with pytest.raises(
+            AssertionError, match=rf"vec\.h:\d+: {count} numbers of a vector of 16"
+        ):
+            run(program, str(count))
 
 
 @compiler
@@ -159,7 +231,7 @@ def test_halves_are_rounded_as_torch_rounds_them():
 def test_other_levels(level):
     """One process each: the level is chosen once."""
     best = _native.load("cpu").level()
-    fuzz = ("tests/csrc/native_fuzz.py", str(_native.FOLDER), "5")
+    fuzz = ("tests/csrc/native_fuzz.py", str(_native.FOLDER), "3", "--every", "4")
     said = run(sys.executable, *fuzz, TVKERNELS_CPU_LEVEL=level)
     assert f"level {'generic' if best == 'generic' else level}" in said
 
@@ -214,23 +286,77 @@ def test_auto_builds_nothing_without_a_compiler(tmp_path):
     assert not list(tmp_path.rglob("*.so"))
 
 
+# Stands for g++: writes what is asked for, and says whether there was a library all the while.
+COMPILER = """#!/bin/sh
+while [ $# -gt 0 ]; do case $1 in -o) out=$2 ;; -MF) dep=$2 ;; esac; shift; done
+[ -e tvkernels/_C_cpu.so ] || touch missing
+[ -z "$dep" ] || echo "$out: $0" >"$dep"
+[ ! -e refuse ] || exit 1
+echo new >"$out"
+"""
+
+
+def test_a_library_serves_until_the_next_is_whole(tmp_path):
+    """And no longer: where a compiler fails, none of older sources is left."""
+    for name in ("setup.py", "pyproject.toml", "README.md", "csrc"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "tvkernels").mkdir()
+    library = tmp_path / "tvkernels" / "_C_cpu.so"
+    library.write_text("old")
+    compiler = tmp_path / "compiler"
+    compiler.write_text(COMPILER)
+    compiler.chmod(0o755)
+    environment = {"TVKERNELS_BUILD": "1", "TVKERNELS_CUDA_ARCHS": "", "CXX": str(compiler)}
+
+    def build():
+        command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
+        return subprocess.run(command, cwd=tmp_path, env=os.environ | environment, check=False)
+
+    with open(library) as held:
+        assert build().returncode == 0
+        assert held.read() == "old" and library.read_text() == "new\n"
+    assert [path.name for path in library.parent.iterdir()] == [library.name]
+    (tmp_path / "refuse").touch()
+    (tmp_path / "build" / "native").rename(tmp_path / "compiled")
+    assert build().returncode != 0
+    assert not (tmp_path / "missing").exists() and not library.exists()
+
+
+@pytest.mark.parametrize("levels", ("avx2", "generic;mmx"))
+def test_levels_that_cannot_be_built_are_one_clear_line(levels):
+    with pytest.raises(AssertionError, match="use generic, and wide, generic, avx2, avx512"):
+        setup("build_ext", TVKERNELS_BUILD="1", TVKERNELS_LEVELS=levels)
+
+
 @pytest.mark.slow
 @compiler
 def test_under_sanitizers(tmp_path):
-    """Reads and writes out of bounds, and what C++ leaves undefined, end the program."""
-    flags = "-fsanitize=address,undefined -fno-sanitize-recover=all -O1 -g -Wno-error"
+    """Reads and writes out of bounds, counts that no vector has, and what C++ leaves undefined,
+    end the program: at every level of this CPU, and at 16 floats a vector on any.
+    """
+    best = _native.load("cpu").level()
+    ours = ("wide", "generic", "avx2", "avx512")
+    ours = ours[: ours.index(best) + 1]
     setup(
         "build_ext", "--build-lib", str(tmp_path), "--build-temp", str(tmp_path / "temp"),
-        TVKERNELS_BUILD="1", TVKERNELS_CUDA_ARCHS="", CXXFLAGS=flags,
+        TVKERNELS_BUILD="1", TVKERNELS_CUDA_ARCHS="", TVKERNELS_LEVELS=";".join(ours),
+        # With -g g++ takes twice as long.
+        CXXFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all -O1 -g1 -Wno-error",
     )  # fmt: skip
     preload = [run("g++", f"-print-file-name=lib{name}.so").strip() for name in ("asan", "ubsan")]
-    for level in ("avx512", "avx2", "generic"):
-        run(
-            sys.executable, "tests/csrc/native_fuzz.py", str(tmp_path / "tvkernels"), "50",
+
+    def fuzz(level):
+        return run(
+            sys.executable, "tests/csrc/native_fuzz.py", str(tmp_path / "tvkernels"), "30",
             LD_PRELOAD=":".join(preload), TVKERNELS_CPU_LEVEL=level,
             # Python and torch keep memory to their end: leaks say nothing here.
-            ASAN_OPTIONS="detect_leaks=0,halt_on_error=1", OMP_NUM_THREADS="2",
+            ASAN_OPTIONS="detect_leaks=0,halt_on_error=1",
+            OMP_NUM_THREADS="2",
         )  # fmt: skip
+
+    with ThreadPoolExecutor(2) as pool:
+        for level, said in zip(ours, pool.map(fuzz, ours), strict=True):
+            assert said.rstrip().endswith(f"level {level}")
 
 
 @built
