@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import tvkernels
 from tvkernels.pipelines.files import ModelError, check_embedding, check_lora, single_file_kind
@@ -101,16 +104,28 @@ def _check_hub_name(name: str) -> None:
     from huggingface_hub import constants, try_to_load_from_cache
 
     kept = isinstance(try_to_load_from_cache(name, "model_index.json"), str)
-    if constants.HF_HUB_OFFLINE and not kept:
+    if kept:
+        return
+    if constants.HF_HUB_OFFLINE:
         raise ModelError(
             f"{name} is no folder and not in the local cache, and HF_HUB_OFFLINE is set: "
             "give a folder, or unset it"
         )
-    if Path(name).parent.is_dir() and not kept:
+    if Path(name).parent.is_dir():
         raise ModelError(
             f"there is no {Path(name).name} in the folder {Path(name).parent}: give a model's "
             "folder, or a hub's name from another working directory"
         )
+    host = urlsplit(constants.ENDPOINT)
+    if getproxies():  # then a hub is not reached by its own address
+        return
+    try:  # the hub's client tries for half a minute
+        socket.create_connection((host.hostname, host.port or 443), timeout=1).close()
+    except OSError:
+        raise ModelError(
+            f"{name} is no folder and not in the local cache, and {host.hostname} does not "
+            "answer: give a folder, or try again with a network"
+        ) from None
 
 
 def check_unet(config: Mapping) -> None:

@@ -54,13 +54,12 @@ def working(gradients: bool = False):
 @torch.no_grad()
 def make_tunable(model: nn.Module) -> None:
     """Copies what was loaded under inference mode, which nothing outside of it may change."""
-    for module in model.modules():
-        for kept in (module._parameters, module._buffers):
-            for name, tensor in kept.items():
-                if tensor is not None and tensor.is_inference():
-                    copy = tensor.clone()
-                    is_parameter = kept is module._parameters
-                    kept[name] = nn.Parameter(copy, tensor.requires_grad) if is_parameter else copy
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_inference():
+            copy = tensor.clone()
+            if isinstance(tensor, nn.Parameter):
+                copy = nn.Parameter(copy, tensor.requires_grad)
+            torch.utils.swap_tensors(tensor, copy)  # layers that were replaced share it
 
 
 def ddim_schedulers(scheduler) -> tuple[DDIMScheduler, DDIMInverseScheduler]:

@@ -161,9 +161,13 @@ class InflatedPipeline(
 
     def _inflate(self, generator: torch.Generator | None) -> None:
         if self.handle is not None:
-            self.handle.remove()
+            self._deflate()
         self.handle = self._inflated(self.unet, generator)
         self._start_runtime()
+
+    def _deflate(self) -> None:
+        make_tunable(self.unet)  # it may have been moved under inference mode
+        self.handle.remove()
 
     def _inflated(self, unet, generator: torch.Generator | None):
         with torch.inference_mode(False):
@@ -206,7 +210,7 @@ class InflatedPipeline(
                 raise ValueError('a compiled UNet cannot be inflated: call accelerate("compile")')
             check_unet(value.config)
             handle = self._inflated(value, torch.Generator().manual_seed(0))
-            self.handle.remove()
+            self._deflate()
         super().__setattr__(name, value)
         if other:
             self.handle, self.inverted, self._shape = handle, None, None
@@ -314,7 +318,7 @@ class InflatedPipeline(
             yield
             return
         state = self.handle.tuned_state()
-        self.handle.remove()
+        self._deflate()
         before = self._own(state)
         try:
             yield

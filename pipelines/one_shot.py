@@ -78,7 +78,7 @@ class OneShotPipeline(InflatedPipeline):
         latents = self._encode_video(video, decode_chunk_size)
         text = self._encode_prompts([prompt]) if steps else None
         key = self.inverted = self._shape = None  # until it is tuned to its end
-        self.handle.remove()
+        self._deflate()
         try:
             if steps and cache is not None:
                 seed = torch.Generator() if generator is None else generator

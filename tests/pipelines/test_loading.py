@@ -196,12 +196,15 @@ def test_variants(folder, tmp_path):
         ("sd15.ckpt", "is not there"),
         ("models/sd15", "no sd15 in the folder models"),
         ("nobody/no-such-model", "HF_HUB_OFFLINE"),
+        ("nobody/no-such-model", "does not answer"),
     ],
 )
 def test_names_of_no_model_are_told_without_a_hub(name, message, tmp_path, monkeypatch):
     (tmp_path / "models").mkdir()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", "HF_HUB" in message)
+    monkeypatch.setattr("tvkernels.pipelines.checks.getproxies", dict)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     began = time.perf_counter()
     with pytest.raises(ModelError, match=message) as error:
         check_model(name)

@@ -500,7 +500,6 @@ def test_models_of_other_kinds_are_refused(folder, tmp_path):
     with pytest.raises(ModelError, match="no folder"):
         check_model(tmp_path / "absent" / "model")
     check_model(folder)
-    check_model("some/hub-name")
 
 
 def test_v_prediction_and_float16_tuning_are_refused(load, folder, clip):
