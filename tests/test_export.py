@@ -23,11 +23,8 @@ from tvkernels.runtime import onnx as runtime
 from tvkernels.runtime.files import ArtifactError
 from tvkernels.testing.budget import assert_error_budget
 
-# Tune-A-Video shares its operators with EI2, TCVE most of them.
-RECIPES = [
-    pytest.param(name, marks=[pytest.mark.slow] if name in ("tune-a-video", "tcve") else [])
-    for name in KINDS
-]
+# The others share most of their operators with EI2.
+RECIPES = [pytest.param(name, marks=[] if name == "ei2" else [pytest.mark.slow]) for name in KINDS]
 # Three blocks with self, cross and frame attention; TCVE's unit after the last.
 ATTENTIONS = {"ei2": 9, "tune-a-video": 9, "frame-by-frame": 6, "tcve": 10}
 NAMES = ["sample", "timestep", "encoder_hidden_states"]

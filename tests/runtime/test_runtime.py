@@ -110,7 +110,9 @@ def test_compiled_once_for_steps_prompts_patterns_and_frame_counts(recipe):
         assert graphs() == (1, {})
 
 
-@pytest.mark.parametrize("regional", (False, True), ids=("whole", "regional"))
+@pytest.mark.parametrize(
+    "regional", (False, pytest.param(True, marks=pytest.mark.slow)), ids=("whole", "regional")
+)
 def test_compiled_code_is_within_budget(regional):
     unet = one_level_unet()
     with inflate(unet, recipes.EI2, generator=seeded()):

@@ -159,6 +159,13 @@ def test_budgets_on_the_real_configuration(sd15, method):
     assert peaks[-1] < peaks[0] / 2
 
 
+def test_tuning_is_planned_for(demo):
+    found = plan(GB, demo(EI2), tune=True, checkpointing=True)
+    assert found.gradient_checkpointing and found.chunk == FRAMES
+    assert found.peaks["tuning"] == found.peak > found.peaks["sampling"]
+
+
+@pytest.mark.slow
 def test_tuning_is_planned_for_on_the_real_configuration(sd15):
     found = plan(9 * GB, sd15(EI2), tune=True, checkpointing=True)
     assert found.gradient_checkpointing and found.chunk == 4
