@@ -9,6 +9,8 @@ from torch import nn
 
 from tvkernels._ranges import is_range
 
+# What diffusers' FreeU sets on up blocks.
+FREEU = ("s1", "s2", "b1", "b2")
 # diffusers' hooks that swap weights around the call of the module that they sit on.
 CASTING = "layerwise_casting"
 OFFLOADING = ("group_offloading", "lazy_prefetch_group_offloading")
@@ -46,7 +48,7 @@ class Guests:
         cast: weights are stored in another dtype than they compute in.
         moved: weights come to the device when their module is called, and leave it again.
         weights: changes where weights or what adapters do with them do; of this process alone.
-        adapters: what peft's adapters do, `adapter_state` of each.
+        adapters: what peft's adapters do, `adapter_state` of each, and FreeU's numbers.
     """
 
     cast: bool
@@ -69,6 +71,8 @@ def guests(model: nn.Module) -> Guests:
         moved |= "_hf_hook" in own and module is not model
         if "base_layer" in own["_modules"]:
             adapters.append(adapter_state(module))
+        if own.get("s1") is not None:
+            adapters.append(tuple(own[name] for name in FREEU))
         for parameter in own["_parameters"].values():
             if parameter is not None and not parameter.is_inference():  # which have no version
                 identities ^= id(parameter)

@@ -20,6 +20,7 @@ import torch
 from tvkernels._files import atomic_path
 from tvkernels._inflate import InflatedHandle
 from tvkernels.patterns import FramePattern
+from tvkernels.processors.touched import every, guests
 from tvkernels.recipes import Recipe
 from tvkernels.runtime.program import Shape, mixes_frames
 
@@ -86,6 +87,9 @@ def artifact_key(handle: InflatedHandle, shape: Shape, kind: str) -> str:
     content = describe(handle, shape, kind)
     content["config"] = {k: str(v) for k, v in sorted(model.config.items()) if k[0] != "_"}
     content["weights"] = {n: [*t.shape, str(t.dtype)] for n, t in model.state_dict().items()}
+    # In the code are numbers, how strong adapters are, and classes that were replaced.
+    content["adapters"] = repr(guests(model).adapters)
+    content["classes"] = sorted({f"{type(m).__module__}.{type(m).__name__}" for m in every(model)})
     content["device"] = [device.type, torch.backends.cpu.get_cpu_capability()]
     if device.type == "cuda":
         content["device"] = [torch.cuda.get_device_name(device), torch.version.cuda]
