@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from tvkernels.config import EMBEDDED, ConfigError, EditSettings, is_record, parse_lora
 from tvkernels.demo import MODEL_DIR
-from tvkernels.devices import SHORT, pick_device
+from tvkernels.devices import DTYPES, SHORT, pick_device, pick_dtype
 from tvkernels.fronts import check_taken, front
 from tvkernels.pipelines import METHODS
 from tvkernels.pipelines.checks import (
@@ -239,6 +239,17 @@ def check_idle(given: EditSettings, settings: EditSettings) -> list[str]:
     return lines
 
 
+def dtype_of(given: EditSettings, device: torch.device) -> torch.dtype:
+    """What the edit runs in: as asked for, by itself what both device and runtime take."""
+    dtype = pick_dtype(given.dtype, device, given.model == EMBEDDED, is_tuned(given))
+    taken = _runtime(given).DTYPES
+    return dtype if given.dtype != "auto" or dtype in taken else DTYPES["fp32"]
+
+
+def _runtime(settings: EditSettings):
+    return importlib.import_module(f"tvkernels.runtime.{settings.runtime}")
+
+
 def check_runtime(settings: EditSettings, device: torch.device, dtype: torch.dtype) -> None:
     """Whether runtime, backend and dtype can run on the device, before any weights are loaded.
 
@@ -266,10 +277,10 @@ def check_runtime(settings: EditSettings, device: torch.device, dtype: torch.dty
             f"--max-memory accounts for the eager runtime, not for {settings.runtime}: leave one "
             "of the two out"
         )
-    reasons = why_not(settings.runtime, device.type)
+    reasons = why_not(settings.runtime, device.type, dtype)
     if reasons:
         raise ConfigError(f"the runtime {settings.runtime} cannot run here: {'; '.join(reasons)}")
-    if importlib.import_module(f"tvkernels.runtime.{settings.runtime}").LIVE:
+    if _runtime(settings).LIVE:
         return
     # What is exported has one size at each of the UNet's halvings.
     _, multiple = model_size(model_of(settings))

@@ -15,7 +15,7 @@ from tvkernels import beforehand
 from tvkernels.beforehand import is_tuned, model_of
 from tvkernels.config import EMBEDDED, EditSettings, parse_lora
 from tvkernels.demo.settings import method_numbers
-from tvkernels.devices import SHORT, memory_advice, pick_device, pick_dtype
+from tvkernels.devices import SHORT, memory_advice, pick_device
 from tvkernels.fronts import Front, front, strangers
 from tvkernels.pipelines.loading import load_pipeline
 from tvkernels.record import device_name, versions, write_json
@@ -63,7 +63,7 @@ def edit(given: EditSettings, notes: list[str], say: Say) -> list[Path]:
     if given.weight_decay is not None:
         numbers = replace(numbers, weight_decay=given.weight_decay)
     device = pick_device(given.device)
-    dtype = pick_dtype(given.dtype, device, given.model == EMBEDDED, is_tuned(given))
+    dtype = beforehand.dtype_of(given, device)
     chosen = {n: getattr(numbers, n) for n in NUMBERS if getattr(given, n) is None}
     settings = given.model_copy(
         update={**chosen, "size": first.frames.shape[1:3], "device": str(device),
@@ -75,13 +75,12 @@ def edit(given: EditSettings, notes: list[str], say: Say) -> list[Path]:
     notes += beforehand.check_texts(settings, numbers)
     from tvkernels import sizing
 
-    told = device, dtype, given.frames is not None
     settings = settings.model_copy(update={"frames": given.frames or frames_of(given)})
-    needed = sizing.check_memory(settings, numbers, *told)
+    memory = sizing.check_memory(settings, numbers, device, dtype)
     video = _read(given, size, multiple, given.frames)
     if len(video) != settings.frames:
         settings = settings.model_copy(update={"frames": len(video)})
-        needed = sizing.check_memory(settings, numbers, *told)
+        memory = sizing.check_memory(settings, numbers, device, dtype)
     beforehand.check_written(outputs, video)
     if not settings.audio:
         notes.append("no sound is written" + ("" if video.audio else ", and the clip has none"))
@@ -100,7 +99,7 @@ def edit(given: EditSettings, notes: list[str], say: Say) -> list[Path]:
     with clock("load"):
         pipe = _load(settings, numbers, device, dtype, own, plan)
     if given.frames is None:
-        say(whole_clip(pipe, settings, video, needed))
+        say(whole_clip(pipe, settings, video, memory))
     cache = _cache(settings)
     for line in own.say(pipe):
         say(line)
@@ -161,20 +160,12 @@ def headline(settings: EditSettings) -> str:
     )
 
 
-def whole_clip(
-    pipe: OneShotPipeline, settings: EditSettings, video: Video, needed: int | None
-) -> str:
+def whole_clip(pipe: OneShotPipeline, settings: EditSettings, video: Video, memory: str) -> str:
     """One line on an edit of all frames: how many, how much memory and about how long."""
-    from tvkernels.runtime.memory import show
-    from tvkernels.sizing import expected_seconds, spell, why_not
+    from tvkernels.sizing import expected_seconds, spell
 
-    parts = [
-        f"the whole clip is taken, {len(video)} frames, {float(len(video) / video.fps):.2g} s"
-    ]
-    if needed is not None:
-        parts.append(f"memory {show(needed)} by accounting")
-    elif reason := why_not(settings):
-        parts.append(f"memory {reason}")
+    length = float(len(video) / video.fps)
+    parts = [f"the whole clip is taken, {len(video)} frames of {length:.3g} s", memory]
     seconds = expected_seconds(pipe, settings)
     if seconds is not None:
         parts.append(f"about {spell(seconds)} by one timed step")

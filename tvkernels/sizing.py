@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 # model, 40 frames, gives 52 MB of sampling and 559 of tuning so, 55 and 535 whole, which takes
 # eight times as long.
 FEW = (4, 8)
-# More than an edit can take, for those that are far from it: bytes of a frame over those of its
-# latents at the UNet's first width (EI2's tuning 279, TCVE's 411), and of a model as wide as SD.
+# More than an edit can take, which tells at once that most fit, where accounting takes seconds:
+# bytes of a frame over those of its latents at the UNet's first width (EI2's tuning 279, TCVE's
+# 411), and of a model as wide as Stable Diffusion's.
 CRUDE, CRUDE_MODEL = 1000, 8e9
 TUNING = 3  # steps of inversion that one of tuning takes: 2.9 of EI2's on the embedded model
 CGROUPS = Path("/sys/fs/cgroup")
@@ -105,36 +106,32 @@ def kept(settings: EditSettings, account: Account) -> int:
 
 
 def check_memory(
-    settings: EditSettings,
-    numbers: Settings,
-    device: torch.device,
-    dtype: torch.dtype,
-    asked: bool,
-) -> int | None:
-    """Bytes that the edit takes by accounting, None where that is not known or not needed.
+    settings: EditSettings, numbers: Settings, device: torch.device, dtype: torch.dtype
+) -> str:
+    """What the edit takes by accounting, in a few words; roughly where much more is free.
 
     Args:
         settings: whole, with all frames.
         numbers: the method's.
         device, dtype: what it runs on and in.
-        asked: whether the number of frames was given: then an edit that is far from what is free
-            is not accounted for.
     Raises:
         ConfigError: more than is free; the text says how many frames would do.
     """
-    if settings.max_memory is not None or why_not(settings):
-        return None
+    if settings.max_memory is not None:
+        return f"memory under {settings.max_memory} as planned"
+    if reason := why_not(settings):
+        return f"memory {reason}"
     free = free_memory(device)
-    unet = configuration(model_of(settings), "unet")
-    width, (height, across) = unet["block_out_channels"][0], settings.size
-    if asked and free is not None:
-        frame = CRUDE * width * height * across // 64 * dtype.itemsize
-        if free > CRUDE_MODEL * (width / 320) ** 2 + settings.frames * frame:
-            return None
+    width = configuration(model_of(settings), "unet")["block_out_channels"][0]
+    height, across = settings.size
+    frame = CRUDE * width * height * across // 64 * dtype.itemsize
+    rough = int(CRUDE_MODEL * (width / 320) ** 2 + settings.frames * frame)
+    if free is not None and rough <= free:
+        return f"memory under {show(rough)} by rough accounting"
     account = account_of(settings, numbers, dtype)
     needed = peak(settings, account)
     if free is None or needed <= free:
-        return needed
+        return f"memory {show(needed)} by accounting"
     low, high = 0, settings.frames
     while high - low > 1:  # `low` fits, `high` does not
         middle = (low + high) // 2
