@@ -208,7 +208,7 @@ BAD = {
     "frames": ("--frames 0", "one frame or more"),
     "size": ("--size 50", "multiple of 8"),
     "halvings": ("--size 72", "multiple of 64 pixels"),
-    "model": ("--model {tmp}/gone", "not a model directory"),
+    "model": ("--model {tmp}/gone", "is no folder"),
     "in use": ("-o {tmp}/used", "not an empty folder"),
     "in a file": ("-o {tmp}/file", "is a file, not a folder"),
     "no output": ("", "Missing option"),
