@@ -82,21 +82,27 @@ __device__ inline Place place_of(const Shape& s, int batch, int group, uint32_t 
     return {of_all, read, write};
 }
 
+// Where the part that begins here ends. Runs are counted without a sign: in a group of nearly 2^31
+// the end before it is cut, and the last turn of UNROLL, exceed the signed numbers.
+__device__ inline uint32_t end_of(const Shape& s, uint32_t begin) {
+    return min(begin + s.per_part, static_cast<uint32_t>(s.runs));
+}
+
 // One part of a group, of any strides; with N > 1 positions lie side by side.
 template <class T, int N>
 __global__ void __launch_bounds__(THREADS) partial_kernel(const __grid_constant__ Shape s) {
     const int of_batch = blockIdx.x / s.parts, part = blockIdx.x % s.parts;
     const int batch = of_batch / s.a.groups, group = of_batch % s.a.groups;
-    const int begin = part * s.per_part, end = min(begin + s.per_part, s.runs);
+    const uint32_t begin = part * s.per_part, end = end_of(s, begin);
     const T* x = static_cast<const T*>(s.a.x);
     Moments found = {};
-    for (int i = begin + threadIdx.x; i < end; i += THREADS * UNROLL) {
+    for (uint32_t i = begin + threadIdx.x; i < end; i += THREADS * UNROLL) {
         float value[UNROLL][N];
         int count = 0;
         float total = 0;
 #pragma unroll
         for (int u = 0; u < UNROLL; ++u) {
-            const int run = i + u * THREADS;
+            const uint32_t run = i + u * THREADS;
             if (run < end) {
                 read_run(x + place_of<N>(s, batch, group, run).read, value[u]);
                 count += N;
@@ -149,13 +155,13 @@ __global__ void __launch_bounds__(THREADS) normalise_kernel(const __grid_constan
     const int block = gridDim.x - 1 - blockIdx.x;
     const int of_batch = block / s.parts, part = block % s.parts;
     const int batch = of_batch / s.a.groups, group = of_batch % s.a.groups;
-    const int begin = part * s.per_part, end = min(begin + s.per_part, s.runs);
+    const uint32_t begin = part * s.per_part, end = end_of(s, begin);
     TVK_SHARED(BlockMoments<THREADS>, scratch);
     const float4* parts = s.a.partial + static_cast<int64_t>(of_batch) * s.parts;
     const float2 known = finish(parts, s.parts, s.a.eps, scratch);
     const T* x = static_cast<const T*>(s.a.x);
     T* out = static_cast<T*>(s.a.out);
-    for (int i = begin + threadIdx.x; i < end; i += THREADS) {
+    for (uint32_t i = begin + threadIdx.x; i < end; i += THREADS) {
         const Place place = place_of<N>(s, batch, group, i);
         float value[N];
         read_run(x + place.read, value);
