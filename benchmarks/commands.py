@@ -36,6 +36,7 @@ def quality(
     learning_rate: Annotated[float | None, typer.Option(help="Of the tuning.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of everything drawn.")] = 0,
+    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
 ) -> None:
     """Measure edits of held-out scenes against the exact truth, with confidence intervals."""
     from tvkernels.benchmarks.edits.quality import run
@@ -47,7 +48,7 @@ def quality(
     run(
         range(first, first + scenes), method, ablation=ablation, output=output, resume=resume,
         numbers={name: value for name, value in numbers.items() if value is not None},
-        seed=seed, console=console(), say=say,
+        seed=seed, dtype=dtype, console=console(), say=say,
     )  # fmt: skip
 
 

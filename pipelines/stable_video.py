@@ -442,21 +442,39 @@ class _Job:
         Without `noise` its DDIM inversion takes the place of eq. 6.
         Where the layer is not, by `alpha`, the latents are held to the picture's own.
         """
-        pipe, net = self.pipe, self.pipe.controlnets[kind]
-        clean = pipe._encode_video(picture[None], 1)
-        timesteps, rows = ddim_table(pipe.scheduler, self.steps, self.guidance, clean.device)
-        first = self.steps - max(1, min(self.steps, round(self.steps * strength)))
+        clean = self.pipe._encode_video(picture[None], 1)
         mask = None
         if alpha is not None:
             whole = alpha.view(1, 1, *picture.shape[1:])
             mask = F.max_pool2d(F.adaptive_max_pool2d(whole, clean.shape[2:]), 3, 1, 1) > 0.5
+        count = max(1, min(self.steps, round(self.steps * strength)))
         if noise is None:
-            levels = self._inverted(clean, self.steps - first)
+            levels = self.inverted(clean, count)
         else:
-            levels = [clean] + [self._at(clean, noise, row[0]) for row in reversed(rows[first:])]
+            _, rows = ddim_table(self.pipe.scheduler, self.steps, self.guidance, clean.device)
+            levels = [clean] + [self._at(clean, noise, row[0]) for row in reversed(rows[-count:])]
             if strength == 1:
                 levels[-1] = noise
-        latents = levels.pop()
+        latents = self.denoise(levels, prompt_embeds, kind, condition, mask)
+        return self.pipe._decode(latents, "pt", 1)[0, 0]
+
+    def denoise(
+        self, levels: list[Tensor], prompt_embeds: Tensor, kind: str = "canny",
+        condition: Tensor | None = None, mask: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Samples a latent in the last of the steps.
+
+        Args:
+            levels: [1, 4, h, w] each, the clean one and then one for each step, the noisiest last.
+            prompt_embeds: of `texts`.
+            kind: of the ControlNet.
+            condition: [1, 3, H, W], what it reads.
+            mask: bool [1, 1, h, w]; outside the latents are held to `levels`.
+        """
+        pipe, net = self.pipe, self.pipe.controlnets[kind]
+        *levels, latents = levels
+        first = self.steps - len(levels)
+        timesteps, rows = ddim_table(pipe.scheduler, self.steps, self.guidance, latents.device)
         hint = None
         if net is not None:
             hint = net.controlnet_cond_embedding(condition.to(net.dtype))
@@ -482,9 +500,9 @@ class _Job:
                     text = None if "prompt_embeds" in self.wanted else text
                 self.done += 1
                 bar.update()
-        return pipe._decode(latents, "pt", 1)[0, 0]
+        return latents
 
-    def _inverted(self, clean: Tensor, count: int) -> list[Tensor]:
+    def inverted(self, clean: Tensor, count: int) -> list[Tensor]:
         """A latent and what DDIM inversion makes of it in `count` steps, one after the other."""
         pipe = self.pipe
         text = pipe.runner.text(pipe._encode_prompts([pipe.settings.inversion_prompt]))

@@ -212,7 +212,8 @@ def _measure_phase(entrants, clip: steps.Clip, phase: str, numbers, settings: Se
             if not out_of_memory(error):
                 raise
             row |= {"status": SKIPPED, "reason": "it takes more memory than there is"}
-            if phase in ("inversion", "sampling") and clip.method != "blended-diffusion":
+            kept = ("blended-diffusion", "stable-video")  # other latents, made before
+            if phase in ("inversion", "sampling") and clip.method not in kept:
                 row["peak_bytes"] = peak = meter.accounted_peak(each.one, clip, phase, ddim)
                 row["reason"] += f": {peak / 2**30:.1f} GiB by accounting"
             if device.type == "cuda":

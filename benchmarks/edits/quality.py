@@ -27,6 +27,7 @@ from tvkernels.demo import MODEL_DIR
 from tvkernels.demo.measure import edit_scene
 from tvkernels.demo.settings import method_numbers
 from tvkernels.demo.world import edit_pair
+from tvkernels.devices import DTYPES
 from tvkernels.edit import NUMBERS
 from tvkernels.fronts import FRONTS
 from tvkernels.patterns import FramePattern
@@ -132,6 +133,7 @@ def run(
     resume: bool = False,
     numbers: dict[str, int | float] | None = None,
     seed: int = 0,
+    dtype: str = "fp32",
     console: Console | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> list[dict]:
@@ -147,14 +149,18 @@ def run(
             taken from it instead, whatever the commit.
         numbers: tune_steps, learning_rate, steps and guidance, in place of every method's.
         seed: of everything drawn.
+        dtype: a name of `tvkernels.devices.DTYPES`; rows of other types than fp32 tell it among
+            their settings.
         console: shows the table, if any.
         say: shows one line.
     Returns:
         The rows, by method, then scene.
     Raises:
-        ConfigError: unknown method.
+        ConfigError: unknown method or dtype.
         VideoError: the file cannot be written.
     """
+    if dtype not in DTYPES:
+        raise ConfigError(f"unknown dtype {dtype!r}: use one of {', '.join(DTYPES)}")
     scenes, output = list(scenes), ROWS if output is None else output
     line_up = entrants(methods, ablation)
     check_output(output, (".jsonl",))
@@ -169,6 +175,7 @@ def run(
             own = replace(own, **{n: v for n, v in (numbers or {}).items() if n not in idle})
             settings = {name: getattr(own, name) for name in NUMBERS}
             settings |= {"seed": seed, "frames": 8, "model": _model_digest(), **_of_its_own(own)}
+            settings |= {} if dtype == "fp32" else {"dtype": dtype}
             pipe = None
             for scene in scenes:
                 row = {"scene": scene, "method": entrant.name, "settings": settings}
@@ -176,7 +183,9 @@ def run(
                     rows.append(kept[_key(row)])
                     continue
                 if pipe is None:
-                    pipe = load_pipeline(entrant.method, str(MODEL_DIR), settings=own)
+                    pipe = load_pipeline(
+                        entrant.method, str(MODEL_DIR), dtype=DTYPES[dtype], settings=own
+                    )
                 row |= _measure(pipe, own, scene, seed, entrant, Cache(folder))
                 append(output, row)
                 rows.append(row)

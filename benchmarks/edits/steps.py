@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tvkernels import BackendError
 from tvkernels.benchmarks.reference import load_reference
 from tvkernels.pipelines.one_shot import OneShotPipeline
+from tvkernels.pipelines.stable_video import _Job
 from tvkernels.pipelines.words import changed_words
 from tvkernels.runtime import accelerate
 
@@ -79,6 +80,7 @@ class Ours:
 
     def __init__(self, pipe: OneShotPipeline, method: str, runtime: str = "eager"):
         self.pipe, self.method, self.unet = pipe, method, pipe.unet
+        self.settings = pipe.settings
         try:
             self.runner = accelerate(pipe.unet, runtime)
         except BackendError as error:
@@ -96,20 +98,35 @@ class Ours:
 
     def invert(self, latents, prompt, steps) -> Tensor:
         self.pipe.runner = self.runner
-        if self.method == "blended-diffusion":
-            return self.pipe.invert(latents, prompt, num_inference_steps=steps)
-        # StableVideo inverts each picture within its edit, as all do.
-        return OneShotPipeline.invert(self.pipe, latents, num_inference_steps=steps)
+        told = (prompt,) if self.method == "blended-diffusion" else ()
+        return self.pipe.invert(latents, *told, num_inference_steps=steps)
 
     def sample(self, latents, prompt, steps, guidance, **words) -> Tensor:
         self.pipe.runner = self.runner
-        call = type(self.pipe).__call__
-        if self.method == "stable-video":
-            call = OneShotPipeline.__call__  # its loop, without what joins the pictures
-        return call(
-            self.pipe, prompt, latents=latents, num_inference_steps=steps,
+        return self.pipe(
+            prompt, latents=latents, num_inference_steps=steps,
             guidance_scale=guidance, output_type="latent", **words,
         ).frames  # fmt: skip
+
+
+class Pictures(Ours):
+    """StableVideo, which inverts and samples each picture within its edit."""
+
+    def _job(self, steps: int, guidance: float = 1.0) -> _Job:
+        self.pipe.runner = self.runner
+        return _Job(self.pipe, steps, guidance, None, None, None, (), False)
+
+    @torch.no_grad()
+    def levels(self, latents, steps, count) -> list[Tensor]:
+        return self._job(steps).inverted(latents, count)
+
+    @torch.no_grad()
+    def denoise(self, levels, prompt, steps, guidance, mask) -> Tensor:
+        job = self._job(steps, guidance)
+        return job.denoise(levels, job.texts(prompt), mask=mask)
+
+    def invert(self, latents, prompt, steps) -> Tensor:
+        return self.levels(latents, steps, steps)[-1]
 
 
 def provider(pipe: OneShotPipeline, method: str, name: str, runtime: str = "eager"):
@@ -124,7 +141,7 @@ def provider(pipe: OneShotPipeline, method: str, name: str, runtime: str = "eage
         Unable: the text says why.
     """
     if name == OURS:
-        return Ours(pipe, method, runtime)
+        return (Pictures if method == "stable-video" else Ours)(pipe, method, runtime)
     if runtime != "eager":
         raise Unable("references run eagerly alone")
     try:
@@ -162,6 +179,8 @@ def phase_call(one, clip: Clip, phase: str, steps: int, tune_steps: int) -> Call
             tune()
         return invert()
 
+    if clip.method == "stable-video" and phase in ("sampling", "edit"):
+        return _of_a_picture(one, clip, phase, steps)
     words = {}
     if clip.method == "blended-diffusion":
         words = {"words": changed_words(SOURCE, PROMPT)}
@@ -169,6 +188,30 @@ def phase_call(one, clip: Clip, phase: str, steps: int, tune_steps: int) -> Call
             invert()  # what it blends with
     found = {"tuning": tune, "inversion": invert, "preprocessing": prepare}
     return found.get(phase, sample)
+
+
+def _of_a_picture(one, clip: Clip, phase: str, steps: int) -> Callable[[], Tensor]:
+    """As `tvk edit` edits a key frame: from its own inversion, held to it outside of the layer.
+
+    The layer is half the picture each way. A whole edit inverts and samples the last steps, as
+    many as the method's strength takes.
+    """
+    height, width = clip.latents.shape[2:]
+    mask = torch.zeros(1, 1, height, width, dtype=torch.bool, device=clip.latents.device)
+    mask[..., height // 4 : -(height // 4), width // 4 : -(width // 4)] = True
+    count = steps
+    if phase == "edit":
+        count = max(1, min(steps, round(steps * one.settings.first)))
+    kept = one.levels(clip.latents, steps, count)
+
+    def sample() -> Tensor:
+        return one.denoise(kept, PROMPT, steps, clip.guidance, mask)
+
+    def edit() -> Tensor:
+        levels = one.levels(clip.latents, steps, count)
+        return one.denoise(levels, PROMPT, steps, clip.guidance, mask)
+
+    return edit if phase == "edit" else sample
 
 
 def weight_bytes(one) -> int:

@@ -40,26 +40,40 @@ class Reference(frame_by_frame.Reference):
         """
         scale = self.vae.config.scaling_factor
         pixels = picture[None].to(self.vae.dtype) * 2 - 1
-        levels = [self.vae.encode(pixels).latent_dist.mode() * scale]
-        self.scheduler.set_timesteps(steps, device=self.device)
-        times = self.scheduler.timesteps[-max(1, min(steps, round(steps * strength))) :]
-        text = self.encode(self.settings.inversion_prompt)
-        for t in reversed(times):
-            noise = self.predict(levels[-1], t, text)[0]
-            levels.append(self.next_step(noise, t, levels[-1]))
-        latents = levels.pop()
-        text = torch.cat([self.encode(""), self.encode(prompt)])
-        for t in times:
-            low, high = self.predict(latents, t, text)
-            latents = self.step(low + guidance * (high - low), t, latents)
-            if alpha is not None:
-                inside = F.adaptive_max_pool2d(
-                    alpha.view(1, 1, *picture.shape[1:]), levels[0].shape[2:]
-                )
-                inside = F.max_pool2d(inside, 3, 1, 1) > 0.5
-                latents = torch.where(inside, latents, levels.pop())
+        clean = self.vae.encode(pixels).latent_dist.mode() * scale
+        mask = None
+        if alpha is not None:
+            inside = F.adaptive_max_pool2d(alpha.view(1, 1, *picture.shape[1:]), clean.shape[2:])
+            mask = F.max_pool2d(inside, 3, 1, 1) > 0.5
+        levels = self.levels(clean, steps, max(1, min(steps, round(steps * strength))))
+        latents = self.denoise(levels, prompt, steps, guidance, mask)
         pixels = self.vae.decode(latents / scale).sample[0]
         return (pixels.float() / 2 + 0.5).clamp(0, 1)
+
+    @torch.no_grad()
+    def levels(self, latents: Tensor, steps: int, count: int) -> list[Tensor]:
+        """A latent [1, 4, h, w] and what the first `count` steps of its inversion make of it."""
+        self.scheduler.set_timesteps(steps, device=self.device)
+        text, found = self.encode(self.settings.inversion_prompt), [latents]
+        for t in reversed(self.scheduler.timesteps[-count:]):
+            noise = self.predict(found[-1], t, text)[0]
+            found.append(self.next_step(noise, t, found[-1]))
+        return found
+
+    @torch.no_grad()
+    def denoise(
+        self, levels: list[Tensor], prompt: str, steps: int, guidance: float, mask: Tensor | None
+    ) -> Tensor:
+        """Back from the last of `levels`, held to the others outside of a mask [1, 1, h, w]."""
+        self.scheduler.set_timesteps(steps, device=self.device)
+        *levels, latents = levels
+        text = torch.cat([self.encode(""), self.encode(prompt)])
+        for t in self.scheduler.timesteps[-len(levels) :]:
+            low, high = self.predict(latents, t, text)
+            latents = self.step(low + guidance * (high - low), t, latents)
+            if mask is not None:
+                latents = torch.where(mask, latents, levels.pop())
+        return latents
 
     def edit_keys(
         self, pixels: Tensor, uv: Tensor, alpha: Tensor, size: tuple[int, int], prompt: str,
