@@ -24,6 +24,7 @@ from tvkernels.benchmarks.timing import peak_bytes, quantiles
 from tvkernels.config import EMBEDDED, ConfigError
 from tvkernels.devices import out_of_memory
 from tvkernels.pipelines import METHODS
+from tvkernels.pipelines.checks import latent_side
 from tvkernels.runtime import BACKENDS
 
 ROWS = RESULTS / "pipelines.jsonl"
@@ -132,7 +133,7 @@ def measure(
 ) -> Iterator[dict]:
     """The rows of a method."""
     pipe = models.load(method, settings.model, backend=settings.backend, dtype=settings.dtype)
-    side = (pipe.unet.config.sample_size or 64) * pipe.multiple
+    side = latent_side(pipe.unet.config) * pipe.multiple
     names = [(steps.OURS, runtime) for runtime in dict.fromkeys(("eager", *runtimes))]
     names += [(name, "eager") for name in providers if name != steps.OURS]
     weights = pipe.handle.tuned_state()

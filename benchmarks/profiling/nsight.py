@@ -69,11 +69,12 @@ def sample(device: torch.device, ops: Sequence[str]) -> None:
 
 def _pipeline(device: torch.device) -> Callable[[int], None]:
     from tvkernels.demo import MODEL_DIR
+    from tvkernels.pipelines.checks import latent_side
     from tvkernels.pipelines.loading import load_pipeline
 
     pipe = load_pipeline("ei2", str(MODEL_DIR))
     pipe.set_progress_bar_config(disable=True)
-    side = pipe.unet.config.sample_size
+    side = latent_side(pipe.unet.config)
     latents = torch.randn(pipe.settings.frames, 4, side, side, device=device)
     return lambda steps: pipe("a blue star", latents=latents, num_inference_steps=steps)
 
