@@ -10,12 +10,9 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from tvkernels.pipelines.checks import ModelError
-from tvkernels.video import read_mask
 
 if TYPE_CHECKING:
     import numpy as np
-
-    from tvkernels.video._fit import Fit
 
 METRIC = ("depth_pro", "glpn", "zoedepth")  # of transformers: far is large
 
@@ -71,18 +68,15 @@ def hint_made(net: nn.Module) -> Iterator[None]:
         net.controlnet_cond_embedding = embedding
 
 
-def prepared(
-    frames: np.ndarray, mask: Path | None, folder: Path | None, fit: Fit | None = None
-) -> dict:
+def prepared(frames: np.ndarray, mask: np.ndarray | None, folder: Path | None) -> dict:
     """What `StableVideoPipeline.fit` takes beside the clip, from a mask or a folder of an atlas.
 
     Args:
         frames: uint8 [F, H, W, 3].
-        mask: as `read_mask` takes it.
+        mask: bool [F, H, W], of `read_mask`.
         folder: that `tvk atlas` wrote.
-        fit: of the clip, for `read_mask`.
     Raises:
-        VideoError: a mask that does not fit, no atlas, or one of other frames.
+        VideoError: no atlas, or one of other frames.
     """
     if folder is not None:
         from tvkernels.atlas.files import AtlasError, digest, load_atlas
@@ -91,9 +85,7 @@ def prepared(
         if info["frames"] != digest(frames):
             raise AtlasError(f"the atlas in {folder} is of other frames than these")
         return {"atlas": atlas}
-    if mask is None:
-        return {}
-    return {"masks": [read_mask(mask, len(frames), frames.shape[1:3], fit)]}
+    return {} if mask is None else {"masks": [mask]}
 
 
 def _load(kind, folder: str):

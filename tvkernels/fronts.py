@@ -10,6 +10,8 @@ from tvkernels.pipelines.words import WordError, changed_words, check_words, wor
 from tvkernels.video import Video, read_mask
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from tvkernels.pipelines.one_shot import OneShotPipeline, Settings
 
 Words = list[tuple[str, str]]
@@ -115,7 +117,7 @@ class BlendedDiffusion(Front):
     def call(self, settings: EditSettings, video: Video, prompt: str) -> dict[str, Any]:
         if settings.mask is None:
             return {"words": self._words(settings, prompt)}
-        return {"mask": read_mask(settings.mask, len(video), video.frames.shape[1:3], video.fit)}
+        return {"mask": _mask(settings, video)}
 
     def record(self, call: dict[str, Any]) -> dict[str, Any]:
         return {"words": ["=".join(pair) for pair in call["words"]]} if "words" in call else {}
@@ -179,7 +181,8 @@ class StableVideo(Front):
         )
 
     def fit(self, settings: EditSettings, video: Video) -> dict[str, Any]:
-        return prepared(video.frames, settings.mask, settings.atlas_dir, video.fit)
+        mask = None if settings.mask is None else _mask(settings, video)
+        return prepared(video.frames, mask, settings.atlas_dir)
 
     def call(self, settings: EditSettings, video: Video, prompt: str) -> dict[str, Any]:
         return {
@@ -188,6 +191,14 @@ class StableVideo(Front):
 
     def say(self, pipe: OneShotPipeline) -> list[str]:
         return [pipe.what_guides()]
+
+
+def _mask(settings: EditSettings, video: Video) -> np.ndarray:
+    """The mask of the frames taken, bool [F, H, W]."""
+    return read_mask(
+        settings.mask, len(video), video.frames.shape[1:3], video.fit,
+        settings.start, settings.stride,
+    )  # fmt: skip
 
 
 FRONTS: dict[str, Front] = {"blended-diffusion": BlendedDiffusion(), "stable-video": StableVideo()}
