@@ -67,6 +67,7 @@ def _configuration(model: str | Path) -> Path | None:
     if not (path / "model_index.json").is_file():
         raise ModelError(f"{path} has no model_index.json: give a model in diffusers' layout")
     check_unet(_read(path / "unet" / "config.json"))
+    _check_channels(_read(path / "vae" / "config.json"))
     return path
 
 
@@ -161,11 +162,19 @@ def check_vae(vae: Any) -> None:
     """
     import inspect
 
-    kind, config = type(vae).__name__, vae.config
-    if config.get("latent_channels", 4) != 4 or config.get("in_channels", 3) != 3:
-        raise ModelError(f"the VAE {kind} has other channels: give one of Stable Diffusion 1.x")
+    kind = type(vae).__name__
+    _check_channels(vae.config)
     if {"num_frames", "num_inference_steps"} & set(inspect.signature(vae.decode).parameters):
         raise ModelError(f"the VAE {kind} decodes clips or draws noise: give an AutoencoderKL")
+
+
+def _check_channels(vae: Mapping) -> None:
+    channels = vae.get("in_channels", 3), vae.get("latent_channels", 4)
+    if channels != (3, 4):
+        raise ModelError(
+            f"the VAE turns {channels[0]} channels into {channels[1]}, not 3 into 4: give one of "
+            "Stable Diffusion 1.x"
+        )
 
 
 def vae_factor(config: Mapping) -> int:

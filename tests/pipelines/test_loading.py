@@ -279,7 +279,7 @@ def test_other_vaes_are_served(load, folder, kind):
 @pytest.mark.parametrize(
     ("vae", "message"),
     [
-        (lambda: AutoencoderKL(**BLOCKS | {"latent_channels": 16}, **TYPES), "other channels"),
+        (lambda: AutoencoderKL(**BLOCKS | {"latent_channels": 16}, **TYPES), "3 channels into 16"),
         (lambda: AutoencoderKLTemporalDecoder(block_out_channels=(32,)), "decodes clips"),
         (lambda: ConsistencyDecoderVAE(
             encoder_block_out_channels=(32,), encoder_down_block_types=("DownEncoderBlock2D",),
@@ -306,6 +306,16 @@ def test_a_size_is_one_number_or_two(folder, tmp_path):
     content = json.loads(config.read_text(encoding="utf-8")) | {"sample_size": [4, 6]}
     config.write_text(json.dumps(content), encoding="utf-8")
     assert model_size(copy) == (32, 8)
+
+
+def test_a_vae_of_other_channels_is_told_from_its_configuration(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "model")
+    config = copy / "vae" / "config.json"
+    content = json.loads(config.read_text(encoding="utf-8")) | {"latent_channels": 16}
+    config.write_text(json.dumps(content), encoding="utf-8")
+    for check in (check_model, model_size):
+        with pytest.raises(ModelError, match="3 channels into 16"):
+            check(copy)
 
 
 @pytest.mark.parametrize(

@@ -89,6 +89,4 @@ def test_a_lack_of_memory_is_told_with_advice(load, clip, name, monkeypatch):
 
     monkeypatch.setattr(pipe, "_encode_video", full)
     with pytest.raises(torch.OutOfMemoryError, match="expandable_segments"):
-        getattr(pipe, name)(
-            **{"video": clip, "prompt": "x"} if name != "invert" else {"video": clip}
-        )
+        getattr(pipe, name)(video=clip, **({} if name == "invert" else {"prompt": "x"}))
