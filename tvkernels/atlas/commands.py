@@ -68,7 +68,9 @@ def make_atlas(
     video = cut.read(clip)
     count, height, width = video.frames.shape[:3]
     settings = settings.of(count, height, width)
-    given = [read_mask(mask, count, (height, width), video.fit) for mask in masks] or None
+    given = [
+        read_mask(mask, count, (height, width), video.fit, cut.start, cut.stride) for mask in masks
+    ] or None
     say(f"{clip}: {count} frames of {width} x {height}, {settings.steps} steps, seed {seed}")
     began = time.perf_counter()
 

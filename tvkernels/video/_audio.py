@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import logging
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -76,7 +76,7 @@ def _from_zero(audio: Audio) -> Audio:
 def _cut(container, stream, audio: Audio) -> list:
     tick = Fraction(stream.time_base)
     shift, packets = round(audio.start / tick), []
-    for packet in container.demux(stream):
+    for packet, _ in _whole(container, stream):
         if packet.pts is None:
             continue
         if packet.pts * tick >= audio.end:
@@ -115,20 +115,25 @@ def _layout(stream) -> str:
 
 
 def _heard(container, stream, graph) -> Iterator:
-    av, broken = need("av"), 0
+    with suppress(need("av").EOFError):  # the graph has all that it trims to
+        for _, frames in _whole(container, stream):
+            for frame in frames:
+                graph.push(frame)
+                yield from ready(graph)
+        graph.push(None)
+    yield from ready(graph)
+
+
+def _whole(container, stream) -> Iterator[tuple[object, list]]:
+    """Packets that can be decoded, and their frames. Broken ones are left out and said."""
+    broken = 0
     for packet in container.demux(stream):
         try:
-            frames = packet.decode()
-        except av.InvalidDataError:
+            yield packet, packet.decode()
+        except need("av").InvalidDataError:
             broken += 1
-            continue
-        for frame in frames:
-            graph.push(frame)
-            yield from ready(graph)
-    graph.push(None)
-    yield from ready(graph)
     if broken:
-        log.warning("%s: %d broken packets of sound are left out", container.name, broken)
+        log.warning("%s: %d broken packets of its sound are left out", container.name, broken)
 
 
 def on_track(packets: list, track) -> list:

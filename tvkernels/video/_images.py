@@ -28,19 +28,13 @@ def natural_order(file: Path) -> tuple:
 
 
 def images_in(folder: Path) -> list[Path]:
-    """Its images in natural order. What else lies there is said, the system's own files are not.
-
-    Raises:
-        VideoError: there is none.
-    """
+    """Its images in natural order. What else is there is said, the system's own files are not."""
     entries = sorted(
         (f for f in folder.iterdir() if f.name[0] != "." and f.name.lower() not in SYSTEM_FILES),
         key=natural_order,
     )
     images = [file for file in entries if file.suffix.lower() in IMAGES and file.is_file()]
     others = [file.name for file in entries if file not in images]
-    if not images:
-        raise VideoError(f"{folder} holds no frames: images end in {', '.join(IMAGES)}")
     if others:
         names = ", ".join(others[:NAMED]) + (", ..." if len(others) > NAMED else "")
         log.warning("%s: passed over %d that are no images: %s", folder, len(others), names)

@@ -22,17 +22,24 @@ INSIDE = 128
 
 
 def read_mask(
-    path: str | os.PathLike, frames: int, size: tuple[int, int], fit: Fit | None = None
+    path: str | os.PathLike,
+    frames: int,
+    size: tuple[int, int],
+    fit: Fit | None = None,
+    start: int = 0,
+    stride: int = 1,
 ) -> np.ndarray:
     """A clip's mask, true where the object is.
 
     Args:
-        path: an image, which then holds for every frame, a video, or a folder of images with one
-            for each frame (natural order). Bright or coloured is inside, black and transparent
-            outside.
+        path: an image, which then holds for every frame, or a video or folder of images (natural
+            order) with one for each frame that is taken, or for each of the whole clip. Bright
+            or coloured is inside, black and transparent outside.
         frames: frames of the clip it belongs to.
         size: (height, width) of them in pixels.
         fit: of the clip, which masks of its source's size are then given too.
+        start, stride: of the frames taken, as `read_video` has them: a mask of the whole clip
+            follows them.
     Returns:
         bool [F, H, W].
     Raises:
@@ -40,7 +47,8 @@ def read_mask(
     """
     path, np = Path(path), need("numpy")
     still = path.suffix.lower() in IMAGES and not path.is_dir()
-    kept = []
+    wanted = range(start, start + frames * stride, stride)
+    first, taken, count = [], [], 0  # as the frames are taken, or as the whole clip's are
     for index, picture in enumerate(_pictures(path)):
         if fit is not None and picture.shape[:2] == fit.source:
             picture = fit(picture)
@@ -51,12 +59,18 @@ def read_mask(
                 f"pixels, the clip's frames are {size[1]} x {size[0]}{source}: "
                 "give it at their size"
             )
-        if len(kept) < frames:
-            kept.append(picture.max(-1) >= INSIDE)
-    if not still and (count := index + 1 if kept else 0) != frames:
+        inside, count = picture.max(-1) >= INSIDE, index + 1
+        if index < frames:
+            first.append(inside)
+        if index in wanted:
+            taken.append(inside)
+    each = still or count == frames or (start, stride) == (0, 1)
+    kept = first if each else taken
+    if not still and (count if each else len(taken)) != frames:
+        least = "" if each else f", or {wanted[-1] + 1} and more for the whole clip"
         raise VideoError(
             f"{path} has {count} masks, {frames} frames are taken of the clip: give one for each "
-            "frame, or a single image for all of them"
+            f"frame{least}, or a single image for all of them"
         )
     mask = np.stack(kept)
     if not mask.any():
