@@ -70,9 +70,8 @@ def test_what_hangs_on_the_unet_sees_the_schedule(load, latents):
     assert seen == pipe.scheduler.timesteps.tolist()
 
 
-@pytest.mark.parametrize("method", ["ei2", "tcve"])
-def test_a_pickled_pipeline_edits_as_before(load, latents, method):
-    pipe = load(method)
+def test_a_pickled_pipeline_edits_as_before(load, latents):
+    pipe = load()
     twin = pickle.loads(pickle.dumps(pipe))
     assert twin.handle is twin.unet._tvkernels_handle is not pipe.handle
     found, expected = (p("a star", latents=latents, **CALL).frames for p in (twin, pipe))
