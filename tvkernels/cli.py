@@ -188,7 +188,7 @@ def info(
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="A folder.")] = Path("out/demo"),
     clips: Annotated[int, typer.Option(min=1, help="Clips of the shapes world.")] = 3,
-    every: Annotated[bool, typer.Option("--all", help="Every method, in place of three.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="Every method, instead of three.")] = False,
 ) -> None:
     """Edit clips with known answers by several methods, and measure the results."""
     from tvkernels.demo.run import QUICK, run

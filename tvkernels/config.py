@@ -109,7 +109,7 @@ class EditSettings(BaseModel):
         negative_prompt: what the unconditional half of the guidance reads.
         clip_skip: layers left out at the end of the text encoder.
         words: "old=new" each: what changes between the prompts, for methods that mask it.
-        mask: image, video or folder, bright where the clip may change, in place of words.
+        mask: image, video or folder, bright where the clip may change, instead of words.
         foreground_prompt, background_prompt: StableVideo's, apart; without, the prompt is the
             foreground's and the background stays.
         controlnet_canny, controlnet_depth, depth_model: folders or hub names of its guides.

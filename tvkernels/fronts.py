@@ -96,8 +96,9 @@ class BlendedDiffusion(Front):
 
             if given.runtime not in MAPPING:
                 raise ConfigError(
-                    f"the runtime {given.runtime} gives no maps of words, of which "
-                    f"{given.method} makes its mask: use {' or '.join(MAPPING)}, or give --mask"
+                    f"the runtime {given.runtime} gives no maps of words, and "
+                    f"{given.method} makes its mask of them: use {' or '.join(MAPPING)}, "
+                    "or give --mask"
                 )
         found = [self._words(given, prompt) for prompt in given.prompts]
         if given.words is not None:

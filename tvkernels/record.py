@@ -19,7 +19,7 @@ PACKAGES = (
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of every package whose code makes the result."""
+    """Versions of Python and of every package that makes the result."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:

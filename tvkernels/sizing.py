@@ -18,14 +18,16 @@ if TYPE_CHECKING:
     from tvkernels.pipelines.one_shot import OneShotPipeline, Settings
 
 # Longer clips are accounted for on the line through these numbers of frames: EI2 on the embedded
-# model, 40 frames, gives 52 MB of sampling and 559 of tuning so, 55 and 535 whole, which takes
-# eight times as long.
+# model, 40 frames of 128 x 128, has 52 MB of sampling and 559 of tuning so; traced whole, which
+# takes some ten times as long, 55 and 535.
 FEW = (4, 8)
 # More than an edit can take, which tells at once that most fit, where accounting takes seconds:
 # bytes of a frame over those of its latents at the UNet's first width (EI2's tuning 279, TCVE's
 # 411), and of a model as wide as Stable Diffusion's.
 CRUDE, CRUDE_MODEL = 1000, 8e9
-TUNING = 3  # steps of inversion that one of tuning takes: 2.9 of EI2's on the embedded model
+# A step of tuning over one of inversion, 8 frames on the embedded model, medians of three on one
+# x86-64 core: EI2 2.9, Tune-A-Video 2.5, TCVE 3.1.
+TUNING = 3
 CGROUPS = Path("/sys/fs/cgroup")
 
 
