@@ -103,6 +103,14 @@ def test_fused_into_what_was_tuned(folder, clip, weights):
     torch.testing.assert_close(edit(pipe, clip), beside, rtol=1e-4, atol=1e-4)
     name = next(name for name in tuned if name.endswith("attn2.to_q.weight"))
     assert not torch.equal(pipe.handle.tuned_state()[name], tuned[name])
+    pipe.handle.remove()  # then it is the plain model with the LoRA in it, not the one before
+    other = StableDiffusionPipeline.from_pretrained(folder)
+    other.load_lora_weights(weights)
+    other.fuse_lora()
+    other.unload_lora_weights()
+    expected = other.unet.state_dict()
+    for name, tensor in pipe.unet.state_dict().items():
+        torch.testing.assert_close(tensor, expected[name], msg=name)
 
 
 def test_embeddings_are_words_of_a_prompt(folder, clip, plain, tmp_path):
