@@ -225,18 +225,28 @@ def test_a_gifs_delays_are_kept(tmp_path):
     assert video.fps == 10 and video.frames[:, 0, 0, 0].tolist() == [0, 20, 40, 60, 60, 60, 60]
 
 
-def test_a_cover_picture_is_no_clip(tmp_path):
+@pytest.mark.parametrize("beside", ["libx264", "aac"])
+def test_a_cover_picture_is_no_clip(tmp_path, beside):
     with av.open(str(tmp_path / "c.mp4"), "w") as out:
-        cover, clip = out.add_stream("mjpeg", rate=8), out.add_stream("libx264", rate=8)
+        cover, clip = out.add_stream("mjpeg", rate=8), out.add_stream(beside, rate=8000)
         cover.disposition = av.stream.Disposition.attached_pic
-        for stream, side, pix_fmt in ((cover, 320, "yuvj420p"), (clip, 32, "yuv420p")):
-            stream.height, stream.width, stream.pix_fmt = side, side, pix_fmt
-        for stream in (cover, clip):
-            picture = np.zeros((stream.height, stream.width, 3), np.uint8)
-            out.mux(stream.encode(av.VideoFrame.from_ndarray(picture)))
+        cover.height, cover.width, cover.pix_fmt = 320, 320, "yuvj420p"
+        silence = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
+        frames = [av.VideoFrame(320, 320, "yuvj420p"), silence]
+        if beside == "libx264":
+            clip.height, clip.width, clip.pix_fmt = 32, 32, "yuv420p"
+            frames[1] = av.VideoFrame(32, 32, "yuv420p")
+        else:
+            clip.layout, silence.rate = "mono", 8000
+        for stream, frame in zip((cover, clip), frames, strict=True):
+            out.mux(stream.encode(frame))
         for stream in (cover, clip):
             out.mux(stream.encode(None))
-    assert read_video(tmp_path / "c.mp4").frames.shape == (1, 32, 32, 3)
+    if beside == "libx264":
+        assert read_video(tmp_path / "c.mp4").frames.shape == (1, 32, 32, 3)
+    else:
+        with pytest.raises(VideoError, match="holds no video stream"):
+            read_video(tmp_path / "c.mp4")
 
 
 @pytest.mark.parametrize(
