@@ -199,8 +199,13 @@ def _group_memory() -> list[int]:
         (CGROUPS / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
     ):
         try:
-            left = int((place / limit).read_text()) - int((place / used).read_text())
-            stat = dict(line.split() for line in (place / "memory.stat").read_text().splitlines())
+            left = int((place / limit).read_text(encoding="utf-8")) - int(
+                (place / used).read_text(encoding="utf-8")
+            )
+            stat = dict(
+                line.split()
+                for line in (place / "memory.stat").read_text(encoding="utf-8").splitlines()
+            )
         except (OSError, ValueError):  # no such group, or one without a limit: "max"
             continue
         found.append(max(0, left + int(stat.get("inactive_file", 0))))  # files' pages are given up

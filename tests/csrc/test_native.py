@@ -304,9 +304,9 @@ def test_a_library_serves_until_the_next_is_whole(tmp_path):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "tvkernels").mkdir()
     library = tmp_path / "tvkernels" / "_C_cpu.so"
-    library.write_text("old")
+    library.write_text("old", encoding="utf-8")
     compiler = tmp_path / "compiler"
-    compiler.write_text(COMPILER)
+    compiler.write_text(COMPILER, encoding="utf-8")
     compiler.chmod(0o755)
     environment = {"TVKERNELS_BUILD": "1", "TVKERNELS_CUDA_ARCHS": "", "CXX": str(compiler)}
 
@@ -314,9 +314,9 @@ def test_a_library_serves_until_the_next_is_whole(tmp_path):
         command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
         return subprocess.run(command, cwd=tmp_path, env=os.environ | environment, check=False)
 
-    with open(library) as held:
+    with open(library, encoding="utf-8") as held:
         assert build().returncode == 0
-        assert held.read() == "old" and library.read_text() == "new\n"
+        assert held.read() == "old" and library.read_text(encoding="utf-8") == "new\n"
     assert [path.name for path in library.parent.iterdir()] == [library.name]
     (tmp_path / "refuse").touch()
     (tmp_path / "build" / "native").rename(tmp_path / "compiled")
