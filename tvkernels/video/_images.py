@@ -35,7 +35,7 @@ def images_in(folder: Path) -> list[Path]:
     )
     images = [file for file in entries if file.suffix.lower() in IMAGES and file.is_file()]
     others = [file.name for file in entries if file not in images]
-    if others:
+    if others and images:
         names = ", ".join(others[:NAMED]) + (", ..." if len(others) > NAMED else "")
         log.warning("%s: passed over %d that are no images: %s", folder, len(others), names)
     return images
