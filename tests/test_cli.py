@@ -47,8 +47,9 @@ def place(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def home(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+def home(tmp_path_factory, monkeypatch):
+    """Not beside the outputs: ONNX Runtime leaves a folder there when it is first imported."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("home")))
 
 
 @pytest.fixture
