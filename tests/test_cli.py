@@ -295,6 +295,7 @@ BAD = {
         "bench quality --method ei3 -o {tmp}/o.jsonl",
         "use one of ei2",
     ),
+    "unknown dtype to measure": ("bench quality --dtype fp8 -o {tmp}/o.jsonl", "use one of fp32"),
     "results of no kind": ("bench quality -o {tmp}/o.mp4", ".jsonl"),
     "demo into a file": ("demo -o {place}/clip.mp4", "is a file, not a folder"),
 }
