@@ -302,7 +302,7 @@ def test_profile_of_every_phase(tvk, tmp_path, method):
         (("--runtime", "fast"), "unknown runtime 'fast'"),
         (("--size", "33"), "size 33: sides must be multiples of 8"),
         (("--method", "frame-by-frame", "--phase", "tune"), "no phase 'tune' of its own"),
-        (("--model", "no/such/folder"), "is not a model directory"),
+        (("--model", "no/such/folder"), "is no folder"),
     ],
 )
 def test_bad_input_is_one_line(tvk, tmp_path, words, said):
