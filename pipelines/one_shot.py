@@ -127,7 +127,8 @@ class OneShotPipeline(InflatedPipeline):
                 t = torch.randint(last, (1,), generator=generator, device=draw).to(device)
                 noise = randn_tensor(latents.shape, generator, device, latents.dtype)
                 noisy = self.scheduler.add_noise(latents, noise, t)
-                loss = F.mse_loss(self._unet(noisy.to(text.dtype), t, text, frames).float(), noise)
+                found = self._unet(noisy.to(text.dtype), t, text, frames)
+                loss = F.mse_loss(found.float(), noise.float())
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(parameters, 1.0)
                 for parameter, copy in narrow:

@@ -93,7 +93,8 @@ class Ours:
 
     def tune(self, latents, prompt, steps, learning_rate, generator) -> None:
         self.pipe.runner = self.runner
-        self.pipe._tune(latents, prompt, steps, learning_rate, generator)
+        text = self.pipe._encode_prompts([prompt])
+        self.pipe._tune(latents, text, steps, learning_rate, generator)
         self.runner.weights_changed()
 
     def invert(self, latents, prompt, steps) -> Tensor:

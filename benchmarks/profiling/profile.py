@@ -157,7 +157,8 @@ def prepare(given: ProfileSettings, size: int) -> tuple:
     def run() -> None:
         if "tune" in phases:
             rate = numbers.learning_rate
-            pipe._tune(latents, source.caption, given.steps, rate, torch.Generator())
+            text = pipe._encode_prompts([source.caption])
+            pipe._tune(latents, text, given.steps, rate, torch.Generator())
             pipe.handle.settle()  # as `fit` does
         if "invert" in phases:
             pipe.invert(clip.frames, num_inference_steps=given.steps)

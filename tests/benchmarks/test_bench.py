@@ -15,6 +15,7 @@ from tvkernels import _native
 from tvkernels.benchmarks import cases, limits, machine, timing
 from tvkernels.benchmarks.ops import checks, dense, flex, gate, report, rivals, run
 from tvkernels.ops import NAMES, specs
+from tvkernels.processors import libraries
 from tvkernels.testing.calls import copied, tensors
 
 ROOT = Path(__file__).parents[2]
@@ -122,9 +123,14 @@ def test_a_wrong_result_is_said_and_not_timed(measured, broken, change, reason):
     assert right["median_s"] is not None
 
 
+def stands_in(monkeypatch, library, attend):
+    """`attend` in the place of a library that need not be installed."""
+    monkeypatch.setitem(libraries.LIBRARIES, library, ("torch", attend))
+
+
 def test_a_lossy_rival_is_marked_and_timed(measured, monkeypatch):
-    exact = rivals.ENGINES["sdpa-math"]()
-    monkeypatch.setitem(rivals.ENGINES, "sage", lambda: lambda *args: exact(*args) + 1e-2)
+    exact = libraries.attention("sdpa-math")
+    stands_in(monkeypatch, "sage", lambda *args: exact(*args) + 1e-2)
     row = by_provider(measured("temporal_attention", "small", providers=["sage"]))["sage"]
     assert row["status"] == "lossy" and row["median_s"] and "above its budget" in row["reason"]
 
@@ -133,13 +139,13 @@ def test_a_rival_that_raises_cannot(measured, monkeypatch):
     def refuse(*args):
         raise TypeError("head dim 8\nis not mine")
 
-    monkeypatch.setitem(rivals.ENGINES, "xformers", lambda: refuse)
+    stands_in(monkeypatch, "xformers", refuse)
     row = by_provider(measured("temporal_attention", "small", providers=["xformers"]))["xformers"]
     assert (row["status"], row["reason"]) == ("cannot", "TypeError: head dim 8")
 
 
 def test_one_that_fails_later_leaves_the_others_their_times(measured, monkeypatch):
-    exact = rivals.ENGINES["sdpa-math"]()
+    exact = libraries.attention("sdpa-math")
 
     def tiring(error):
         calls = iter(range(10))
@@ -149,17 +155,17 @@ def test_one_that_fails_later_leaves_the_others_their_times(measured, monkeypatc
                 raise error
             return exact(*args)
 
-        return lambda: attend
+        return attend
 
     for error, status in (
         (RuntimeError("no graph\nany more"), "cannot"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to"), "skipped"),
     ):
-        monkeypatch.setitem(rivals.ENGINES, "xformers", tiring(error))
+        stands_in(monkeypatch, "xformers", tiring(error))
         rows = by_provider(measured("temporal_attention", "small", providers=["xformers", "cpu"]))
         assert rows["xformers"]["status"] == status and rows["xformers"]["median_s"] is None
         assert rows["cpu"]["status"] == "timed" and rows["cpu"]["median_s"]
-    monkeypatch.setattr(run, "interleave", tiring(RuntimeError("CUBLAS_STATUS_ALLOC_FAILED"))())
+    monkeypatch.setattr(run, "interleave", tiring(RuntimeError("CUBLAS_STATUS_ALLOC_FAILED")))
     run.interleave(*[torch.zeros(1, 1, 1, 1)] * 3, 1.0)
     (row,) = measured("temporal_attention", "small", providers=["cpu"])
     assert row["status"] == "skipped" and row["error"] is not None

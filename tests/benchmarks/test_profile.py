@@ -344,7 +344,7 @@ def test_nsight_runs_the_sampling_step(tmp_path, monkeypatch):
 
 
 def test_every_op_in_turn_where_diffusers_is_missing(nvtx, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "tvkernels.edit", None)
+    monkeypatch.setitem(sys.modules, "diffusers", None)
     nsight.sample(CPU, ["latent_blend", "instance_center"])
     assert "every op in turn" in capsys.readouterr().out
     ops = [(2, "op", "latent_blend", None), (2, "op", "instance_center", None)]

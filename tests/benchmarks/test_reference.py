@@ -106,7 +106,7 @@ def test_tunes_as_ours(method):
         pipe.unet.conv_out.weight *= 30  # gradients that are clipped
     start, reference = latents(pipe), load_reference(pipe)
     before = pipe.handle.tuned_state()
-    pipe._tune(start, SOURCE, 2, 1e-3, seeded(5))
+    pipe._tune(start, pipe._encode_prompts([SOURCE]), 2, 1e-3, seeded(5))
     found = reference.unet.train().state_dict()
     assert all(torch.equal(found[reference.rename(n)], t) for n, t in before.items())
     reference.tune(start, SOURCE, 2, 1e-3, seeded(5))
