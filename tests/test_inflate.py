@@ -1,5 +1,6 @@
 """Inflation: what a recipe computes, what it tunes, and that removal leaves no trace."""
 
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -302,6 +303,27 @@ def test_removal_after_a_lora_was_added_restores_the_base_weights(unet):
     handle.remove()
     after = {n.replace(".base_layer", ""): x for n, x in unet.state_dict().items()}
     assert all(torch.equal(after[n], x) for n, x in before.items())
+
+
+def test_removal_keeps_a_lora_that_was_fused_into_what_is_tuned(unet):
+    peft = pytest.importorskip("peft")
+    plain = {n: x.clone() for n, x in unet.state_dict().items()}
+    handle = inflate(unet, TUNE_A_VIDEO, generator=seeded())
+    unet.add_adapter(peft.LoraConfig(r=2, target_modules=["attn2.to_q"], init_lora_weights=False))
+    unet.fuse_lora()
+    unet.unload_lora()
+    fused = handle.tuned_state()
+    twin = copy.deepcopy(unet)
+    handle.remove()
+    after = unet.state_dict()
+    wanted = {n: fused.get(n, x) for n, x in plain.items()}
+    name = next(n for n in fused if n.endswith("attn2.to_q.weight"))
+    assert all(torch.equal(after[n], x) for n, x in wanted.items())
+    assert not torch.equal(after[name], plain[name])
+    with torch.no_grad():
+        twin.get_parameter(name).add_(1.0)
+    twin._tvkernels_handle.remove()  # what was tuned goes, in a copy too
+    assert torch.equal(twin.state_dict()[name], plain[name])
 
 
 def test_two_recipes_in_turn_on_one_unet(unet):

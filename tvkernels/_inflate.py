@@ -342,13 +342,22 @@ def _snapshot(handle: InflatedHandle) -> None:
     for module in handle.model.modules():
         for key, parameter in module.named_parameters(recurse=False):
             value = parameter.detach().clone() if parameter in tuned else None
-            handle._undo.append(partial(_restore, module, key, parameter.requires_grad, value))
+            before = partial(_restore, module, key, parameter.requires_grad, value)
+            handle._undo.append(partial(before, _written(parameter)))
 
 
-def _restore(module: nn.Module, key: str, required: bool, value: Tensor | None) -> None:
+def _written(parameter: nn.Parameter) -> tuple | None:
+    """Which writes this very parameter has seen, not a copy of it; None where nothing counts."""
+    return None if parameter.is_inference() else (id(parameter), parameter._version)
+
+
+def _restore(
+    module: nn.Module, key: str, required: bool, value: Tensor | None, written: tuple | None
+) -> None:
     parameter = getattr(module, key).requires_grad_(required)
     parameter.grad = None
-    if value is not None:
+    # Without a write since, what else stands there is a merged adapter's, which leaves no trace.
+    if value is not None and (written is None or written != _written(parameter)):
         with torch.no_grad():
             parameter.copy_(value)
 
