@@ -79,7 +79,7 @@ def _adapting(method):
 
     @functools.wraps(method)
     def run(self, *args, **kwargs):
-        with self._plain():
+        with self._plain(f"{method.__name__}()"):
             return method(self, *args, **kwargs)
 
     return run
@@ -219,6 +219,13 @@ class InflatedPipeline(
     def _is_inflated(self) -> bool:
         return getattr(self.unet, "_tvkernels_handle", None) is self.handle
 
+    def _check_in_place(self, what: str) -> None:
+        if self._is_inflated() and self.handle.check().moved:
+            raise ValueError(
+                f"layers that are offloaded one by one cannot be changed: call {what} before "
+                "enable_group_offload(), or use enable_model_cpu_offload()"
+            )
+
     def _check_inflated(self) -> None:
         if not self._is_inflated():
             raise ValueError(
@@ -274,7 +281,7 @@ class InflatedPipeline(
             given = check_lora(given)
             kwargs["weight_name"], given = given.name, str(given.parent)
         name = name or f"default_{len(self._adapter_names())}"
-        with self._plain():
+        with self._plain("load_lora_weights()"):
             super().load_lora_weights(given, adapter_name=name, **kwargs)
         if name not in self._adapter_names():
             what = pretrained_model_name_or_path_or_dict
@@ -312,11 +319,16 @@ class InflatedPipeline(
         super().load_textual_inversion(given, token=token, **kwargs)
 
     @contextmanager
-    def _plain(self) -> Iterator[None]:
-        """Inside, the UNet is as it was loaded; then what was tuned is put back."""
+    def _plain(self, what: str) -> Iterator[None]:
+        """Inside, the UNet is as it was loaded; then what was tuned is put back.
+
+        Raises:
+            ValueError: its layers are offloaded one by one, and `what` comes too late.
+        """
         if not self._is_inflated():
             yield
             return
+        self._check_in_place(what)
         state = self.handle.tuned_state()
         self._deflate()
         before = self._own(state)
@@ -345,8 +357,10 @@ class InflatedPipeline(
         them.
 
         Raises:
-            ValueError: the models hold adapters, which no plain model does.
+            ValueError: the models hold adapters, which no plain model does, or the UNet's layers
+                are offloaded one by one.
         """
+        self._check_in_place("save_pretrained()")
         if any(getattr(part, "peft_config", None) for part in (self.unet, self.text_encoder)):
             raise ValueError(
                 "the model holds LoRA adapters: fuse_lora() and unload_lora_weights(), or "
@@ -358,7 +372,7 @@ class InflatedPipeline(
         plain = StableDiffusionPipeline.__new__(StableDiffusionPipeline)
         plain.register_to_config(requires_safety_checker=False)
         absent = dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"))
-        with self._plain():
+        with self._plain("save_pretrained()"):
             plain.register_modules(
                 vae=self.vae, text_encoder=self.text_encoder, tokenizer=self.tokenizer,
                 unet=self.unet, scheduler=self.scheduler, **absent,

@@ -73,11 +73,7 @@ class OneShotPipeline(InflatedPipeline):
             raise ValueError("float16 cannot be tuned: load the model with dtype=torch.float32")
         if steps < 0:
             raise ValueError(f"{steps} steps of tuning: ask for 0 or more")
-        if self._is_inflated() and self.handle.check().moved:
-            raise ValueError(
-                "layers that are offloaded one by one cannot be changed: call fit() before "
-                "enable_group_offload(), or use enable_model_cpu_offload()"
-            )
+        self._check_in_place("fit()")
         latents = self._encode_video(video, decode_chunk_size)
         text = self._encode_prompts([prompt]) if steps else None
         key = self.inverted = self._shape = None  # until it is tuned to its end

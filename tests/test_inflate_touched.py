@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -246,8 +247,9 @@ def test_text_that_was_projected_before_offloading(tmp_path):
 def test_layers_that_offloading_does_not_reach_are_not_added(tmp_path):
     unet = small_unet()
     offload(unet, "leaf_level", tmp_path)
-    with pytest.raises(TypeError, match="recipe ei2 adds layers.*switch it on after inflation"):
-        inflate(unet, EI2)
+    for recipe in (EI2, replace(FRAME_BY_FRAME, name="ei2", clip_group_norm=True)):
+        with pytest.raises(TypeError, match="recipe ei2 adds layers.*switch it on after inflatio"):
+            inflate(unet, recipe)
     expected = run(inflated(FRAME_BY_FRAME)[0])
     inflate(unet, FRAME_BY_FRAME)
     assert_rounding(run(unet, "runner"), expected)

@@ -228,6 +228,21 @@ class InflatedHandle(Handle):
             vars(block.ff).pop("forward", None)  # one object each would be one graph each
             block.compile(**how)
 
+    def remove(self) -> None:
+        """As `Handle.remove`.
+
+        Raises:
+            ValueError: offloading layer by layer has been switched on since, and would not reach
+                the layers that come back.
+        """
+        placed = any(where == "_modules" for _, where, *_ in self._placed)
+        if self._undo and placed and guests(self.model).moved:
+            raise ValueError(
+                "layers that are offloaded one by one cannot be taken back: call remove() before "
+                "enable_group_offload(), or load the model again"
+            )
+        super().remove()
+
     def keep(self, tensors: dict[str, Tensor]) -> None:
         """Has `remove` put back these values, given by state-dict name, as they are now."""
         kept = {name: tensor.detach().clone() for name, tensor in tensors.items()}
@@ -326,7 +341,8 @@ def _check_family(unet: nn.Module, recipe: Recipe) -> None:
     found = guests(unet)
     if found.cast:
         raise TypeError(CAST)
-    if found.moved and (recipe.temporal is not None or recipe.temporal_unet is not None):
+    adds = recipe.clip_group_norm, recipe.temporal, recipe.temporal_unet
+    if found.moved and any(adds):
         raise TypeError(
             f"the recipe {recipe.name} adds layers, which offloading that is on already does not "
             "reach: switch it on after inflation"
@@ -354,10 +370,11 @@ def _written(parameter: nn.Parameter) -> tuple | None:
 def _restore(
     module: nn.Module, key: str, required: bool, value: Tensor | None, written: tuple | None
 ) -> None:
-    parameter = getattr(module, key).requires_grad_(required)
-    parameter.grad = None
-    # Without a write since, what else stands there is a merged adapter's, which leaves no trace.
-    if value is not None and (written is None or written != _written(parameter)):
+    parameter = getattr(module, key)
+    # What is tuned needs gradients until an adapter is loaded, and a merge leaves no other trace.
+    merged = not parameter.requires_grad and written is not None and written == _written(parameter)
+    parameter.requires_grad_(required).grad = None
+    if value is not None and not merged:
         with torch.no_grad():
             parameter.copy_(value)
 

@@ -34,8 +34,15 @@ def test_an_edit_with_offloaded_layers_and_no_tuning(load, latents, tmp_path):
     pipe = load()
     offload(pipe.unet, tmp_path)
     handle = pipe.handle
-    with pytest.raises(ValueError, match="call fit.. before enable_group_offload"):
-        pipe.fit(noisy_clip(), "a clip", num_steps=1)
+    for name, given in {
+        "fit": (noisy_clip(), "a clip"), "save_pretrained": (tmp_path / "saved",),
+        "load_lora_weights": ({},), "unload_lora_weights": (), "fuse_lora": (),
+    }.items():  # fmt: skip
+        with pytest.raises(ValueError, match=f"call {name}.. before enable_group_offload"):
+            getattr(pipe, name)(*given)
+    with pytest.raises(ValueError, match="call remove.. before enable_group_offload"):
+        pipe.handle.remove()
+    assert not (tmp_path / "saved").exists()
     assert pipe.handle is handle
     assert_rounding(pipe("a star", latents=latents, **CALL).frames, expected, factor=256)
 
