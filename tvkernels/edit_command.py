@@ -206,11 +206,15 @@ def edit_command(
 def _edit_by_atlas(given: dict, pictures: list[Path], layer, folder, config) -> None:
     from tvkernels.atlas.commands import edit_by_atlas
 
-    options = {"prompts": "prompt", "audio": "no_audio"}
-    idle = [f"--{options.get(n, n).replace('_', '-')}" for n, v in given.items() if v is not None]
-    idle = [n for n in idle if n not in ("--clip", "--output")] + ["--config"] * bool(config)
+    options = {"prompts": "prompt"}
+    names = [n for n, v in given.items() if v is not None and n not in ("clip", "output", "audio")]
+    idle = [f"--{options.get(n, n).replace('_', '-')}" for n in names]
+    idle += ["--config"] * bool(config)
     if idle:
         raise ConfigError(f"--atlas renders without a model: leave out {', '.join(idle)}")
     if given["output"] is None:
         raise ConfigError("--output is missing: say where to write, such as -o edited.mp4")
-    edit_by_atlas(given["clip"], pictures, given["output"], layer, folder, say)
+    edit_by_atlas(
+        given["clip"], pictures, given["output"], layer, folder, say,
+        audio=given["audio"] is not False,
+    )  # fmt: skip

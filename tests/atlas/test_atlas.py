@@ -8,6 +8,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from clip_files import encode
 from demo_clips import write_with_mask
 
 from tvkernels.atlas import (
@@ -423,6 +424,22 @@ class TestCommands:
         command = ["edit", str(written / "other"), "--atlas", str(picture)]
         assert main([*command, "-o", str(written / "not.mp4")]) == 2
         assert "the atlas was made from clip, not from" in last_line(capsys)
+
+    def test_the_sound_of_the_clip_is_kept(self, tmp_path, capsys):
+        frames = heldout_scene(3, num_frames=4).render(64, 64).frames
+        sound = ("aac", 0.3 * np.sin(np.arange(24000) / 9, dtype=np.float32), 48000, 0)
+        clip, out = encode(tmp_path / "clip.mp4", frames, sound=sound), tmp_path / "out"
+        assert main(["atlas", str(clip), "-o", str(out), "--steps", "1", "--points", "64"]) == 0
+        assert read_video(out / "reconstruction.mp4").audio is not None
+        picture = ["--atlas", str(out / "background.png")]
+        result = tmp_path / "edited.mp4"
+        assert main(["edit", str(clip), *picture, "-o", str(result)]) == 0
+        assert read_video(result).audio is not None
+        assert main(["edit", str(clip), *picture, "--no-audio", "-o", str(result)]) == 0
+        assert read_video(result).audio is None
+        assert "the sound is" not in capsys.readouterr().out
+        assert main(["edit", *picture, "-o", str(result)]) == 0
+        assert "the sound is left out: give the clip to keep it" in capsys.readouterr().out
 
     def test_a_cut_and_a_wrong_mask_are_one_line(self, written, tmp_path, capsys):
         frames = heldout_scene(3, num_frames=2).render(64, 64).frames

@@ -89,10 +89,10 @@ def make_atlas(
         "clip": clip.name, "frames": digest(video.frames), "fps": str(video.fps),
         "cut": asdict(cut) | {"frames": count, "size": [height, width]},
         "settings": asdict(settings), "seed": seed, "layers": shown,
-        "psnr": round(quality, 3), "seconds": round(seconds, 1),
+        "sound": video.audio is not None, "psnr": round(quality, 3), "seconds": round(seconds, 1),
     }  # fmt: skip
     save_atlas(model, output, info)
-    write_video(output / "reconstruction.mp4", _bytes(model.render()), video.fps)
+    write_video(output / "reconstruction.mp4", _bytes(model.render()), video.fps, video.audio)
     sizes = ", ".join(f"{n}.png {w} x {h}" for n, (h, w) in shown.items())
     say(f"wrote {sizes}, {MODEL} and reconstruction.mp4 to {output}")
     say(f"reconstruction {quality:.2f} dB PSNR, trained in {seconds:.1f} s")
@@ -106,26 +106,33 @@ def edit_by_atlas(
     layer: str | None,
     folder: Path | None,
     say: Callable[[str], None],
+    audio: bool = True,
 ) -> Path:
     """Renders a clip from edited pictures of its atlas.
 
     Args:
-        clip: that the atlas was made from, to be sure of it; None takes the atlas as it is.
+        clip: that the atlas was made from, to be sure of it and for its sound; None takes
+            the atlas as it is.
         pictures: edited PNGs, each of another layer.
         output: the edited clip.
         layer: which layer a single picture is; None lets it say so itself.
         folder: of the atlas; None looks beside the first picture.
         say: shows one line.
+        audio: keep the sound of the frames.
     Raises:
         VideoError: no atlas, a picture that does not fit it, another clip, or no way to write.
     """
     check_output(output, OUTPUTS)
     model, info = load_atlas(folder or pictures[0].parent)
+    sound = None
     if clip is not None:
         cut = Cut(**info["cut"])
         video = cut.read(clip)
         if digest(video.frames) != info["frames"]:
             raise AtlasError(f"the atlas was made from {info['clip']}, not from {clip}")
+        sound = video.audio if audio else None
+    elif audio and info.get("sound"):
+        say("the sound is left out: give the clip to keep it")
     if layer is not None and len(pictures) > 1:
         raise AtlasError("--atlas-layer goes with a single --atlas: the PNGs' names tell several")
     edited: dict[int, torch.Tensor] = {}
@@ -134,7 +141,7 @@ def edit_by_atlas(
         if index in edited:
             raise AtlasError(f"two pictures of the layer {model.names[index]}: give one")
         edited[index] = colors
-    write_video(output, _bytes(model.render(edited)), Fraction(info["fps"]))
+    write_video(output, _bytes(model.render(edited)), Fraction(info["fps"]), sound)
     say(f"wrote {output} from the edited {', '.join(model.names[i] for i in edited)}")
     return output
 
