@@ -11,6 +11,8 @@ pytest.importorskip("av")
 pytest.importorskip("diffusers")
 pytest.importorskip("pydantic")
 
+import torch
+from safetensors.torch import save_file
 from tiny_pipelines import save_model
 
 from tvkernels import beforehand, edit
@@ -144,7 +146,11 @@ def test_an_option_without_effect_is_refused_or_said(before, method):
         ("ei2", {"clip_skip": 9}, "--clip-skip 9 is more than"),
         ("ei2", {"lora": "gone.safetensors"}, "gone.safetensors is not there"),
         ("ei2", {"embedding": "gone.safetensors"}, "gone.safetensors is not there"),
+        ("ei2", {"size": 10**6}, "--size 1000000: a frame of that size takes"),
+        ("ei2", {"size": (8, 16392)}, "sides have 16384 pixels at most, not 16392"),
         ("ei2", {"variant": "fp16"}, "no variant fp16"),
+        ("ei2", {"output": "."}, "cannot write .: it is no file's name"),
+        ("ei2", {"output": "x" * 251 + ".mp4"}, r"x.json: its name has 256 bytes, .* 255"),
         ("ei2", {"model": "gone"}, "gone is no folder"),
         ("blended-diffusion", {"words": "red circle=blue ring"}, "'blue ring' is not in the"),
         ("blended-diffusion", {"prompts": ["x " * 90 + "star"], "words": "circle=star"}, "star"),
@@ -165,6 +171,17 @@ def test_it_is_told_before_the_model_is_loaded(before, place, tmp_path, method, 
     with pytest.raises((ConfigError, ModelError, VideoError, ValueError), match=message) as caught:
         before(method, **changes)
     assert "\n" not in str(caught.value)
+
+
+def test_embeddings_of_other_models_or_given_twice_are_told_before(before, tmp_path):
+    mine, wide = tmp_path / "mine.safetensors", tmp_path / "wide.safetensors"
+    save_file({"emb_params": torch.zeros(2, 16)}, mine)
+    save_file({"emb_params": torch.zeros(2, 768)}, wide)
+    with pytest.raises(ConfigError, match="it has 768 channels, the model's text 16"):
+        before(embedding=[wide])
+    with pytest.raises(ConfigError, match="has its word mine already"):
+        before(embedding=[mine, mine])
+    before(embedding=[mine])
 
 
 def test_sizes_are_rounded_or_warned_of(before):

@@ -173,6 +173,7 @@ def test_a_file_that_is_not_there(tmp_path):
         ({"backend": "cudnn"}, "backend: .*'auto'.*not 'cudnn'"),
         ({"frames": "many", "seed": -1}, "frames: .*; seed: "),
         ({"runtime": "fast"}, "runtime: .*'cuda_graph'.*not 'fast'"),
+        ({"size": "32x"}, "size: write pixels of the shorter side, .*768x432, not '32x'"),
         ({"max_memory": "8"}, "max_memory: .*such as 8GB or 512MiB, not '8'"),
         ({"max_memory": "lots"}, "such as 8GB"),
         ({"max_memory": "0GB"}, "such as 8GB"),

@@ -8,12 +8,15 @@ import pytest
 pytest.importorskip("diffusers")
 pytest.importorskip("pydantic")
 
+import numpy as np
 import torch
+from clip_files import encode
 from tiny_pipelines import loader, save_model
 
 from tvkernels import sizing
 from tvkernels.config import ConfigError, EditSettings
 from tvkernels.demo.settings import method_numbers
+from tvkernels.edit import frames_of
 from tvkernels.runtime.memory import Account
 
 CPU, F32 = torch.device("cpu"), torch.float32
@@ -75,6 +78,25 @@ def test_what_does_not_fit_is_refused_with_the_most_frames_that_do(model, free, 
         sizing.check_memory(asked, numbers, CPU, F32)
     free(10**12)
     assert "by rough accounting" in sizing.check_memory(asked, numbers, CPU, F32)
+
+
+def test_clips_that_memory_cannot_hold_are_not_read(model, free):
+    """Also where the edit itself is not accounted for."""
+    asked, _ = settings(model, "stable-video")
+    free(30 * sizing.READ * 32 * 32)
+    with pytest.raises(ConfigError, match="40 frames of 32 x 32 .* ask for --frames 30 or fewer"):
+        sizing.check_read(asked)
+    sizing.check_read(asked.model_copy(update={"frames": 30}))
+
+
+@pytest.mark.parametrize("ending", ["mkv", "webm"])
+def test_files_without_a_number_of_frames_are_counted_by_their_times(tmp_path, ending):
+    pytest.importorskip("av")
+    codec = {"mkv": "libx264", "webm": "libvpx"}[ending]
+    frames = np.zeros((12, 32, 32, 3), np.uint8)
+    clip = encode(tmp_path / f"clip.{ending}", frames, codec=codec)
+    assert frames_of(EditSettings(clip=clip)) == 12
+    assert frames_of(EditSettings(clip=clip, start=2, stride=3)) == 4
 
 
 @pytest.mark.parametrize("method", ["frame-by-frame", *SLOW])

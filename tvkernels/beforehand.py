@@ -23,6 +23,7 @@ from tvkernels.pipelines.checks import (
     model_size,
     tokenizer_place,
 )
+from tvkernels.pipelines.files import read_shapes
 from tvkernels.recipes import RECIPES
 from tvkernels.video import OUTPUTS, Video, VideoError, check_output
 from tvkernels.video.io import GIF_MAX_FPS
@@ -37,6 +38,9 @@ RESERVED = {"con", "prn", "aux", "nul", *(f"{n}{i}" for n in ("com", "lpt") for 
 # Bytes of an output over those of its frames: a tenth of what a real clip took, 40 frames of
 # 512 x 512 (1/74 as mp4, 1/4.4 as gif, 1/2.7 as PNG files), because a still one takes less.
 SMALLEST = {".mp4": 1 / 740, ".gif": 1 / 44, "": 1 / 27}
+
+# Pixels of a side that the encoders take, libx264 and FFmpeg's GIF.
+LARGEST = {".mp4": 16384, ".gif": 65535}
 
 
 def model_of(given: EditSettings) -> str:
@@ -106,6 +110,7 @@ def outputs_of(given: EditSettings) -> list[Path]:
         ConfigError: nothing says where.
     """
     if given.output is not None:
+        check_output(given.output, OUTPUTS)
         if len(given.prompts) == 1:
             return [given.output]
         stem, suffix = given.output.stem, given.output.suffix
@@ -155,6 +160,9 @@ def fit_size(given: EditSettings) -> tuple[int | tuple[int, int], int, list[str]
             )
         lines.append(f"size {size} becomes {near[0]}: the model takes multiples of {multiple}")
     if min(near) > largest:
+        from tvkernels.sizing import check_side
+
+        check_side(min(near))
         lines.append(
             f"size {min(near)} is above the {largest} pixels that the model was trained on: "
             "it may repeat what it draws"
@@ -323,17 +331,27 @@ def check_texts(settings: EditSettings, numbers: Settings) -> list[str]:
     model = model_of(settings)
     with loading(f"the tokenizer of {model}"):
         tokenizer = CLIPTokenizer.from_pretrained(tokenizer_place(model), subfolder="tokenizer")
-    lines = []
+    lines, text_encoder = [], configuration(model, "text_encoder")
     read = [settings.source_prompt or "", *settings.prompts, settings.negative_prompt]
     read += [settings.foreground_prompt or "", settings.background_prompt or ""]
     for file in settings.embedding or ():
         word = check_embedding(file)
-        tokenizer.add_tokens([word])
+        width, has = read_shapes(file, "embedding").popitem()[1][-1], text_encoder["hidden_size"]
+        if width != has:
+            raise ConfigError(
+                f"--embedding {file}: it has {width} channels, the model's text {has}: give one "
+                "that was made for the model"
+            )
+        if not tokenizer.add_tokens([word]):
+            raise ConfigError(
+                f"--embedding {file}: the tokenizer has its word {word} already: give it once, "
+                "or rename it"
+            )
         if not any(word in text for text in read):
             lines.append(f"the embedding {file} has no effect: no prompt says {word}")
     tell_cut(tokenizer, list(dict.fromkeys(text for text in read if text)))
     front(settings.method).check_tokens(settings, numbers, tokenizer)
-    most = configuration(model, "text_encoder")["num_hidden_layers"]
+    most = text_encoder["num_hidden_layers"]
     if settings.clip_skip is not None and settings.clip_skip > most:
         raise ConfigError(
             f"--clip-skip {settings.clip_skip} is more than the text encoder's {most} layers"
@@ -365,9 +383,16 @@ def check_written(outputs: list[Path], video: Video) -> None:
     """Whether the clip, as far as it is read, can be written as its outputs are.
 
     Raises:
-        VideoError: a GIF cannot play it, or the disk has no room for it.
+        VideoError: it is too large, a GIF cannot play it, or the disk has no room for it.
     """
+    longer = max(video.frames.shape[1:3])
     for output in outputs:
+        most = LARGEST.get(output.suffix.lower(), longer)
+        if longer > most:
+            raise VideoError(
+                f"cannot write {output}: its sides have {most} pixels at most, not {longer}: ask "
+                "for a smaller --size"
+            )
         if output.suffix.lower() == ".gif" and video.fps > GIF_MAX_FPS:
             raise VideoError(
                 f"a GIF plays at most {GIF_MAX_FPS} frames a second, not {float(video.fps):g}: "

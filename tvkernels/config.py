@@ -77,6 +77,10 @@ def _lora_text(text: str) -> str:
 def _size(value: Any) -> Any:
     """A side as text, or "768x432", the width first as everywhere, as (height, width)."""
     pair = PAIR.fullmatch(value) if isinstance(value, str) else None
+    if isinstance(value, str) and not pair and not re.fullmatch(r"[+-]?\d+", value.strip()):
+        raise ValueError(
+            f"write pixels of the shorter side, such as 512, or both as 768x432, not {value!r}"
+        )
     return (pair[2], pair[1]) if pair else value
 
 

@@ -77,6 +77,7 @@ def edit(given: EditSettings, notes: list[str], say: Say) -> list[Path]:
 
     settings = settings.model_copy(update={"frames": given.frames or frames_of(given)})
     memory = sizing.check_memory(settings, numbers, device, dtype)
+    sizing.check_read(settings)
     video = _read(given, size, multiple, given.frames)
     if len(video) != settings.frames:
         settings = settings.model_copy(update={"frames": len(video)})
@@ -140,11 +141,11 @@ def _read(given: EditSettings, size, multiple: int, frames: int | None) -> Video
 
 
 def frames_of(given: EditSettings) -> int:
-    """The frames that will be taken by what the clip's file says, 1 where it says nothing."""
+    """The frames that will be taken by the times in the clip's file, 1 where it has none."""
     from tvkernels.video._decode import open_source
 
     with open_source(given.clip) as source:
-        return max(1, len(range(given.start, source.promised, given.stride)))
+        return max(1, len(range(given.start, source.count, given.stride)))
 
 
 def headline(settings: EditSettings) -> str:

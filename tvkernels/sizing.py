@@ -12,7 +12,16 @@ import torch
 from tvkernels.beforehand import is_tuned, model_of
 from tvkernels.config import ConfigError, EditSettings, parse_bytes
 from tvkernels.pipelines.checks import configuration
-from tvkernels.runtime.memory import CHUNKS, TOKENS, Account, BudgetError, Plan, plan, show
+from tvkernels.runtime.memory import (
+    CHUNKS,
+    OF_A_CHUNK,
+    TOKENS,
+    Account,
+    BudgetError,
+    Plan,
+    plan,
+    show,
+)
 
 if TYPE_CHECKING:
     from tvkernels.pipelines.one_shot import OneShotPipeline, Settings
@@ -28,6 +37,9 @@ CRUDE, CRUDE_MODEL = 1000, 8e9
 # A step of tuning over one of inversion, 8 frames on the embedded model, medians of three on one
 # x86-64 core: EI2 2.9, Tune-A-Video 2.5, TCVE 3.1.
 TUNING = 3
+# Bytes of a pixel while a clip is read: its frames one by one and then stacked, and of one that is
+# resized 4 of Pillow's more, twice over for a frame that is wide.
+READ, RESIZED = 6, 20
 CGROUPS = Path("/sys/fs/cgroup")
 
 
@@ -46,7 +58,8 @@ class LongAccount(Account):
     def of(self, frames: int) -> LongAccount:
         """Of the same edit with another number of frames, more than `FEW` of this one's too."""
         other = copy.copy(self)
-        other.frames, other._seen = frames, {}
+        other.frames = frames
+        other._seen = {key: size for key, size in self._seen.items() if key[0] in OF_A_CHUNK}
         other.__dict__.pop("_tables", None)
         return other
 
@@ -105,6 +118,35 @@ def kept(settings: EditSettings, account: Account) -> int:
     channels, height, width = account.latents
     maps = TOKENS * (height // 2) * (width // 2) if settings.mask is None else 0
     return 4 * account.frames * (settings.steps + 1) * (channels * height * width + maps)
+
+
+def check_side(side: int) -> None:
+    """Whether a frame can be read whose shorter side has so many pixels.
+
+    Raises:
+        ConfigError: it takes more than is free.
+    """
+    free, needed = free_memory(torch.device("cpu")), RESIZED * side**2
+    if free is not None and needed > free:
+        raise ConfigError(
+            f"--size {side}: a frame of that size takes {show(needed)}, {show(free)} are free: "
+            "ask for a smaller one"
+        )
+
+
+def check_read(settings: EditSettings) -> None:
+    """Whether memory holds the frames that are read.
+
+    Raises:
+        ConfigError: it does not; the text says how many would do.
+    """
+    free, height, width = free_memory(torch.device("cpu")), *settings.size
+    most = None if free is None else free // (READ * height * width)
+    if most is not None and settings.frames > most:
+        raise ConfigError(
+            f"{settings.frames} frames of {width} x {height} are more than the {show(free)} that "
+            f"are free hold: ask for --frames {max(1, most)} or fewer, or for a smaller --size"
+        )
 
 
 def check_memory(

@@ -33,6 +33,7 @@ class Source:
     fps: Fraction
     pixel_aspect: Fraction
     promised: int  # frames the file says it has, 0 if it does not say
+    count: int  # frames by their times: some of them may not be shown
     pictures: Iterator[Callable[[], np.ndarray]]  # called only for the frames that are wanted
     begins: Fraction = Fraction(0)  # seconds at which the first one is shown
     sound: int | None = None  # the stream that is heard beside it
@@ -46,7 +47,7 @@ def open_source(path: Path, ground: str = "white") -> Iterator[Source]:
     if path.is_dir():
         files = images_in(path)
         pictures = (partial(read_image, file, ground) for file in files)
-        yield Source(FOLDER_FPS, Fraction(1), len(files), pictures)
+        yield Source(FOLDER_FPS, Fraction(1), len(files), len(files), pictures)
         return
     if path.suffix.lower() not in CLIPS:
         raise VideoError(
@@ -57,9 +58,9 @@ def open_source(path: Path, ground: str = "white") -> Iterator[Source]:
     av = need("av")
     try:
         with av.open(url(path)) as container:
-            rate, even = rate_of(container, _video(container, path))
+            rate, even, count = rate_of(container, _video(container, path))
         with av.open(url(path)) as container:
-            yield _clip(container, path, rate, even, ground)
+            yield _clip(container, path, rate, even, count, ground)
     except av.FFmpegError as error:
         raise VideoError(f"{path} is not a video that can be read: {error.strerror}") from error
 
@@ -77,7 +78,7 @@ def _is_cover(stream) -> bool:
     return bool(stream.disposition & need("av").stream.Disposition.attached_pic)
 
 
-def _clip(container, path: Path, rate: Fraction, even: bool, ground: str) -> Source:
+def _clip(container, path: Path, rate: Fraction, even: bool, count: int, ground: str) -> Source:
     stream = _video(container, path)
     stream.thread_type = "AUTO"
     frames, context = _decoded(container, stream), stream.codec_context
@@ -95,6 +96,7 @@ def _clip(container, path: Path, rate: Fraction, even: bool, ground: str) -> Sou
         rate,
         1 / aspect if turned else aspect,
         stream.frames if even else 0,
+        count,
         (partial(to_rgb, frame, matrix, ground) for frame in frames),
         (stream.start_time or 0) * Fraction(stream.time_base or 1),
         None if sound is None else sound.index,

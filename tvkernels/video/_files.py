@@ -10,6 +10,8 @@ from types import ModuleType
 
 from tvkernels import _files
 
+LONGEST = 255  # bytes of a name that file systems take
+
 
 class VideoError(ValueError):
     """A clip cannot be read or written as asked. One line: what is wrong, and what would work."""
@@ -34,6 +36,11 @@ def check_output(path: str | os.PathLike, suffixes: tuple[str, ...]) -> Path:
         suffixes: accepted endings, lower case, with the dot; "" accepts a folder.
     """
     path = Path(path)
+    if not path.name:
+        raise VideoError(f"cannot write {path}: it is no file's name, give one such as edited.mp4")
+    size = len(os.fsencode(path.name))
+    if size > LONGEST:
+        raise VideoError(f"cannot write {path}: its name has {size} bytes, at most {LONGEST} do")
     if path.suffix.lower() not in suffixes:
         wanted = ", ".join(suffix or "a folder (no ending)" for suffix in suffixes)
         raise VideoError(f"cannot write {path}: its ending must be one of {wanted}")

@@ -13,20 +13,20 @@ FOLDER_FPS = Fraction(8)
 MOST_COPIES = 4  # of a frame on the mean, where a clip stands still
 
 
-def rate_of(container, stream) -> tuple[Fraction, bool]:
-    """Frames a second, and whether every frame lies where this rate has it.
+def rate_of(container, stream) -> tuple[Fraction, bool, int]:
+    """Frames a second, whether every frame lies where this rate has it, and frames at this rate.
 
     Reads all packets of the stream, and leaves the container at its end, unless the header
     tells: mp4 and mov list the time of every frame.
     """
     told = Fraction(stream.average_rate or 0)
     if told and told == stream.base_rate and "mp4" in container.format.name.split(","):
-        return told, True
+        return told, True, stream.frames
     tick = Fraction(stream.time_base or MILLISECOND)
     packets = [(p.dts if p.pts is None else p.pts, p.duration) for p in container.demux(stream)]
     marks = sorted((at, duration or 0) for at, duration in packets if at is not None)
     if not marks:
-        return told or FOLDER_FPS, True
+        return told or FOLDER_FPS, True, 0
     times = [at * tick for at, _ in marks]
     gaps = [after - before for before, after in pairwise(times) if after > before]
     usual = median(gaps) if gaps else 0
@@ -40,8 +40,9 @@ def rate_of(container, stream) -> tuple[Fraction, bool]:
     for rate in filter(None, (*first, whole, mean)):
         late = [at - index / rate for index, at in enumerate(times)]
         if max(late) - min(late) <= rounding and abs(len(times) / rate - length) <= 2 / rate:
-            return rate, True
-    return _nominal(gaps, usual, mean), False
+            return rate, True, len(times)
+    rate = _nominal(gaps, usual, mean)
+    return rate, False, round(length * rate)
 
 
 def _nominal(gaps: list[Fraction], usual: Fraction, mean: Fraction) -> Fraction:
