@@ -2,8 +2,10 @@
 
 import importlib.util
 import os
+import sys
 from pathlib import Path
 
+import interpreter
 import pytest
 import torch
 
@@ -19,6 +21,11 @@ CLIPS = Path(__file__).parents[2] / "shared" / "data"
 def pytest_configure(config):
     # Sums depend on how threads split them; one worker of pytest-xdist has one core.
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+
+
+def pytest_collection_finish():
+    if found := sys.modules.get("triton.runtime.interpreter"):
+        interpreter.hasten(found)
 
 
 @pytest.fixture
