@@ -21,6 +21,7 @@ try:
     NAME, TRT = tensorrt.library()
 except ArtifactError as error:
     pytest.skip(str(error), allow_module_level=True)
+SIZES = ((8, 8), (8, 8), (16, 16))  # smallest, usual, largest
 ONLY_RTX = pytest.mark.skipif(NAME != "tensorrt_rtx", reason="TensorRT itself builds on a GPU")
 
 
@@ -32,10 +33,12 @@ def path(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def engine(path, tmp_path_factory):
-    """An engine of the plain UNet in float16 for sm_86, and what was said while it was built."""
+    """A video UNet's engine in float32 for sm_86, and what was said while it was built."""
     said = []
     target = tmp_path_factory.mktemp("engine") / "model.sm_86.engine"
-    tensorrt.build(path("frame-by-frame"), target, arch="sm_86", clips=(1, 2, 3), say=said.append)
+    tensorrt.build(
+        path("ei2"), target, arch="sm_86", clips=(1, 2, 2), sizes=SIZES, say=said.append
+    )
     return target, said
 
 
@@ -44,22 +47,35 @@ def spoil(file, **changes):
     file.write_text(json.dumps({**content, **changes}), encoding="utf-8")
 
 
+def check_profile(target, recipe, arch, dtype, frames):
+    about = files.read(target.with_suffix(".json"), "tensorrt")
+    assert (about["arch"], about["dtype"]) == (arch, dtype)
+    assert about["recipe"]["name"] == recipe
+    sizes = [[clips * frames, 4, h, w] for clips, (h, w) in zip((1, 2, 2), SIZES, strict=True)]
+    assert about["profile"]["sample"] == sizes
+    assert about["layers"] > 300
+    size = target.stat().st_size
+    assert size == about["files"][target.name]["bytes"] > 10**6 // (2 if dtype == "float16" else 1)
+    assert sorted(p.name for p in target.parent.iterdir()) == sorted(
+        (target.name, target.with_suffix(".json").name)
+    )
+
+
+@ONLY_RTX
+def test_a_video_unet_builds_in_float32_with_sizes_that_vary(engine):
+    check_profile(engine[0], "ei2", "sm_86", "float32", 3)
+
+
+@pytest.mark.slow
 @ONLY_RTX
 @pytest.mark.parametrize(
-    ("recipe", "arch"),
-    [("ei2", "sm_89"), pytest.param("tune-a-video", "sm_80", marks=pytest.mark.slow)],
+    ("recipe", "arch", "dtype", "frames"),
+    [("tune-a-video", "sm_80", "float32", 3), ("frame-by-frame", "sm_89", "float16", 1)],
 )
-def test_a_video_unet_builds_in_float32_with_sizes_that_vary(path, tmp_path, recipe, arch):
-    target, said = tmp_path / "engine", []
-    sizes = ((8, 8), (8, 8), (16, 16))
-    tensorrt.build(path(recipe), target, arch=arch, clips=(1, 2, 2), sizes=sizes, say=said.append)
-    about = files.read(target.with_suffix(".json"), "tensorrt")
-    assert about["arch"] == arch
-    assert about["recipe"]["name"] == recipe
-    assert about["profile"]["sample"] == [[3, 4, 8, 8], [6, 4, 8, 8], [6, 4, 16, 16]]
-    assert about["layers"] > 300
-    assert target.stat().st_size == about["files"]["engine"]["bytes"] > 10**6
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["engine", "engine.json"]
+def test_other_unets_types_and_architectures(path, tmp_path, recipe, arch, dtype, frames):
+    target = tmp_path / "engine"
+    tensorrt.build(path(recipe), target, arch=arch, clips=(1, 2, 2), sizes=SIZES)
+    check_profile(target, recipe, arch, dtype, frames)
 
 
 @ONLY_RTX
@@ -67,7 +83,6 @@ def test_an_engine_says_what_it_is(engine):
     target, said = engine
     about = files.read(target.with_suffix(".json"), "tensorrt")
     assert (about["library"], about["library_version"]) == (NAME, _trt.version(NAME))
-    assert about["dtype"] == "float16"
     assert f"{about['layers']} layers" in said[0]
     assert any("Building" in line for line in said), "no progress"
     assert str(target.stat().st_size) in said[-1]
@@ -117,7 +132,7 @@ def test_an_engine_for_another_gpu_is_refused(monkeypatch):
 
 @ONLY_RTX
 def test_builds_that_cannot_be_are_one_clear_line(path, tmp_path, monkeypatch):
-    source, target = path("frame-by-frame"), tmp_path / "engine"
+    source, target = path("ei2"), tmp_path / "engine"
     for options, message in (
         ({"arch": "sm_90"}, "builds for sm_75, sm_80"),
         ({"arch": "sm_17"}, "unknown architecture 'sm_17'"),
@@ -181,11 +196,9 @@ def test_execution_hands_over_torchs_own_memory(engine, monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
     run = _engine.Engine.__new__(_engine.Engine)
     run.about, run.device, run.context = about, torch.device("cpu"), Context()
-    half = torch.float16
-    run.types = dict(
-        sample=half, encoder_hidden_states=half, out_sample=half, timestep=torch.int64
-    )
-    inputs = shape(inflated("frame-by-frame")).example(2, half)
+    own = torch.float32
+    run.types = dict(sample=own, encoder_hidden_states=own, out_sample=own, timestep=torch.int64)
+    inputs = shape(inflated("ei2")).example(2, own)
     result = run(*inputs)
     names = ("sample", "timestep", "encoder_hidden_states", "out_sample")
     expected = {n: x.data_ptr() for n, x in zip(names, (*inputs, result), strict=True)}
@@ -193,7 +206,7 @@ def test_execution_hands_over_torchs_own_memory(engine, monkeypatch):
     assert run.context.shapes == {n: tuple(x.shape) for n, x in zip(names, inputs, strict=False)}
     assert run.context.streams == [1234]
     with pytest.raises(ValueError, match="build one for this shape"):
-        run(*shape(inflated("frame-by-frame")).example(4, half))
+        run(*shape(inflated("ei2")).example(4, own))
     run.context.execute_async_v3 = lambda stream: False
     with pytest.raises(RuntimeError, match="did not run"):
         run(*inputs)
