@@ -406,7 +406,14 @@ def test_models_without_self_attention_are_refused():
 # torch.compile.
 
 
-@pytest.mark.parametrize("pattern", [PREVIOUS, FramePattern.fine_coarse(2)], ids=["prev", "fc"])
+# The other pattern's layers are compiled by the test below, too.
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        pytest.param(PREVIOUS, marks=pytest.mark.slow, id="prev"),
+        pytest.param(FramePattern.fine_coarse(2), id="fc"),
+    ],
+)
 def test_compiles_without_graph_breaks(pattern):
     unet = one_level_unet()
     sample, t, text = clip_inputs()
