@@ -290,6 +290,14 @@ class BlendedDiffusionPipeline(OneShotPipeline):
         old, new = self.check_words(source.prompt, prompt, words)
         return WordMask(size, old, new, settings.threshold, settings.floor)
 
+    def _check_latents(self, latents: Tensor | None) -> None:
+        shape = self.source.latents.shape[1:]
+        if latents is not None and latents.shape != shape:
+            raise ValueError(
+                f"latents of {tuple(latents.shape)} for a clip inverted as {tuple(shape)}: leave "
+                "them out, or give as many"
+            )
+
     def _look(self, tokens) -> dict:
         """What asks the runner for maps of tokens, nothing for None."""
         if tokens is None:

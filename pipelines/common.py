@@ -126,7 +126,7 @@ def ddim_table(scheduler, steps: int, guidance: float, device) -> tuple[Tensor, 
     least, most = 1, scheduler.config.num_train_timesteps
     if not isinstance(steps, int) or not least <= steps <= most:
         raise ValueError(f"{steps!r} steps: ask for a whole number from {least} to {most}")
-    if not guidance >= 0:
+    if not 0 <= guidance < float("inf"):
         raise ValueError(f"guidance {guidance}: ask for 0 or more")
     scheduler.set_timesteps(steps)
     if scheduler.timesteps.max() >= most:

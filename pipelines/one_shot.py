@@ -243,6 +243,7 @@ class OneShotPipeline(InflatedPipeline):
         guidance = self.settings.guidance if guidance_scale is None else guidance_scale
         texts = (prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
         check_texts(*texts, self.unet.config.cross_attention_dim)
+        self._check_latents(latents)
         if video is not None:
             latents = self.invert(
                 video, num_inference_steps=steps, decode_chunk_size=decode_chunk_size,
@@ -276,6 +277,13 @@ class OneShotPipeline(InflatedPipeline):
         frames = self._decode(latents, output_type, decode_chunk_size)
         self.maybe_free_model_hooks()
         return VideoEditOutput(frames=frames) if return_dict else (frames,)
+
+    def _check_latents(self, latents: Tensor | None) -> None:
+        channels = self.unet.config.in_channels
+        if latents is not None and (latents.dim() != 4 or latents.shape[1] != channels):
+            raise ValueError(
+                f"latents of {tuple(latents.shape)}: give one clip's [F, {channels}, h, w]"
+            )
 
     def _check_call(self, callback, wanted: Sequence[str], output_type: str) -> Sequence[str]:
         """The tensors that the callback is given: diffusers' own callbacks name theirs."""

@@ -306,6 +306,7 @@ def test_bad_input_is_one_line(build, clip):
         ({"words": [("circle", "star")], "mask": np.ones(clip.shape[:3])}, "either words or a"),
         ({"mask": np.ones((FRAMES, 8, 8))}, r"a mask of \[3, 8, 8\] for a clip of \[3, 64, 48\]"),
         ({"num_inference_steps": STEPS + 1}, "inverted in 4 steps: sample in as many"),
+        ({"latents": pipe.inverted[1:]}, "for a clip inverted as"),
     ):
         with pytest.raises(ValueError, match=says):
             pipe(TARGET, **options)

@@ -110,5 +110,9 @@ def test_numbers_of_steps_that_are_none(load, clip, steps, says):
         pipe(PROMPT, latents=torch.zeros(2, 4, 4, 4), num_inference_steps=steps)
     with pytest.raises(ValueError, match="0 or more"):
         pipe.fit(clip, PROMPT, num_steps=-1)
-    with pytest.raises(ValueError, match="guidance nan"):
-        pipe(PROMPT, latents=torch.zeros(2, 4, 4, 4), guidance_scale=float("nan"))
+    for guidance in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"guidance {guidance}: ask for"):
+            pipe(PROMPT, latents=torch.zeros(2, 4, 4, 4), guidance_scale=guidance)
+    for shape in ((2, 5, 4, 4), (1, 4, 2, 4, 4)):
+        with pytest.raises(ValueError, match=r"give one clip's \[F, 4, h, w\]"):
+            pipe(PROMPT, latents=torch.zeros(shape))
