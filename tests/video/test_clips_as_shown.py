@@ -352,6 +352,26 @@ def test_sound_is_cut_to_the_frames_taken(tmp_path, name, codec, picture, kept):
         assert pitches(out, len(expected) / 4) == expected
 
 
+@pytest.mark.parametrize(("layout", "kept"), [("5.1", 6), ("quad", 4)])
+def test_recoded_sound_keeps_its_channels(tmp_path, layout, kept):
+    path = encode(tmp_path / "s.mp4", quarters(4))
+    with av.open(str(tmp_path / "s.mov"), "w") as out, av.open(str(path)) as clip:
+        picture = out.add_stream_from_template(clip.streams.video[0])
+        heard = out.add_stream("pcm_s16le", rate=RATE, layout=layout)
+        for packet in clip.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = picture
+                out.mux(packet)
+        samples = np.tile(tone(0.5), (heard.channels, 1))
+        frame = av.AudioFrame.from_ndarray(samples, format="fltp", layout=layout)
+        frame.rate, frame.pts = RATE, 0
+        out.mux([*heard.encode(frame), *heard.encode(None)])
+    video = read_video(tmp_path / "s.mov")
+    write_video(tmp_path / "o.mp4", video.frames, video.fps, video.audio)
+    with av.open(str(tmp_path / "o.mp4")) as result:
+        assert result.streams.audio[0].channels == kept
+
+
 def test_sound_that_begins_later_ends_earlier_or_is_not_there(tmp_path, caplog):
     path = encode(tmp_path / "s.mp4", quarters(12), sound=("aac", tone(0.5), RATE, 0.75))
     video = read_video(path)

@@ -18,6 +18,7 @@ log = logging.getLogger(__name__)
 # Decoders of what players read in an mp4. FFmpeg writes PCM and Vorbis there too, few play them.
 COPIED = ("aac", "ac3", "alac", "eac3", "flac", "libopus", "mp3", "mp3float", "opus")
 AAC_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)
+AAC_LAYOUTS = ("mono", "stereo", "3.0", "4.0", "5.0", "5.1")  # by channels
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def _recoded(container, stream, audio: Audio) -> io.BytesIO:
 
 
 def _layout(stream) -> str:
-    return "mono" if stream.channels == 1 else "stereo"
+    return AAC_LAYOUTS[min(stream.channels, len(AAC_LAYOUTS)) - 1]
 
 
 def _heard(container, stream, graph) -> Iterator:
