@@ -214,7 +214,7 @@ def test_auto_is_what_the_device_takes_and_is_kept(before, monkeypatch):
          ["a-blue-star", "a-blue-star-2", "a-blue-star-2-3"]),
         (["青い星", "हिन्दी तारा"], ["青い星", "हिन्दी-तारा"]),
         (["☆", "!"], ["edited", "edited-2"]),
-        (["con", "LPT1", "console"], ["con-edited", "lpt1-edited", "console"]),
+        (["con", "COM¹", "console"], ["con-edited", "com¹-edited", "console"]),
         (["a/b\\c:d*?", "../up"], ["a-b-c-d", "up"]),
     ],
 )  # fmt: skip

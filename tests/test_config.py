@@ -158,6 +158,22 @@ def test_a_record_of_a_method_that_tunes_nothing_can_be_run_again(read):
     assert resolve(found).learning_rate is None and found["method"] == "frame-by-frame"
 
 
+def test_a_configuration_in_other_encodings(tmp_path):
+    path, text = tmp_path / "edit.yaml", "prompt: ein grüner Stern"
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+        path.write_text(text, encoding=encoding)
+        assert read_config(path)[0] == {"prompts": ["ein grüner Stern"]}
+    path.write_text(text, encoding="latin-1")
+    with pytest.raises(ConfigError, match="edit.yaml is no text in UTF-8: save it as UTF-8"):
+        read_config(path)
+
+
+def test_a_record_without_settings(read):
+    for broken in (None, [1]):
+        with pytest.raises(ConfigError, match="holds no settings"):
+            read(json.dumps({"settings": broken, "versions": {}}))
+
+
 def test_a_file_that_is_not_there(tmp_path):
     with pytest.raises(ConfigError, match=r"cannot read .*gone.yaml: No such file"):
         read_config(tmp_path / "gone.yaml")

@@ -34,7 +34,13 @@ if TYPE_CHECKING:
     from tvkernels.pipelines.one_shot import Settings
 
 LONGEST = 100  # bytes of a clip's name that is made of its prompt, of the 255 that a name may have
-RESERVED = {"con", "prn", "aux", "nul", *(f"{n}{i}" for n in ("com", "lpt") for i in range(10))}
+RESERVED = {
+    "con",
+    "prn",
+    "aux",
+    "nul",
+    *(f"{n}{i}" for n in ("com", "lpt") for i in "0123456789¹²³"),
+}
 # Bytes of an output over those of its frames: a tenth of what a real clip took, 40 frames of
 # 512 x 512 (1/74 as mp4, 1/4.4 as gif, 1/2.7 as PNG files), because a still one takes less.
 SMALLEST = {".mp4": 1 / 740, ".gif": 1 / 44, "": 1 / 27}

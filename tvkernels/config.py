@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import math
 import re
@@ -266,15 +267,22 @@ def read_config(path: Path) -> tuple[dict[str, Any], list[str]]:
             that contradict each other.
     """
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+        data = path.read_bytes()
+        # What PowerShell's `>` writes begins with a mark of UTF-16.
+        wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        document = yaml.safe_load(data.decode("utf-16" if wide else "utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path} is no text in UTF-8: save it as UTF-8") from None
+    except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    recorded = isinstance(document, dict) and document.keys() >= RECORD
+    document = document["settings"] if recorded else document
     if not isinstance(document, dict):
         raise ConfigError(f"{path} holds no settings: write lines like `method: ei2`")
-    if document.keys() >= RECORD:
-        document = dict(document["settings"])
+    if recorded:
+        document = dict(document)
         if not document.get("learning_rate"):  # of a method that tunes nothing
             document.pop("learning_rate", None)
     try:
