@@ -150,9 +150,16 @@ def test_temporal_block(given, dtype, room, monkeypatch):
     check(STAM, stam(Maker(given["f"], dtype), **given))
 
 
-@pytest.mark.parametrize("f", FRAMES)
-@pytest.mark.parametrize("room", ROOMS)
-def test_temporal_block_at_full_width(f, room, monkeypatch):
+# Every number of frames and every room in turns; the slow suite takes each with each.
+@pytest.mark.parametrize(
+    ("room", "f"),
+    [
+        pytest.param(room, f, marks=() if i % len(ROOMS) == j else pytest.mark.slow)
+        for j, room in enumerate(ROOMS)
+        for i, f in enumerate(FRAMES)
+    ],
+)
+def test_temporal_block_at_full_width(room, f, monkeypatch):
     """Every stage of weights is used anew, and the last columns are there."""
     monkeypatch.setenv("TVK_EMULATION_SHARED", str(room << 10))
     dtype = HALVES[(f + room) % 2]
