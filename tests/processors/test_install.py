@@ -10,7 +10,7 @@ from torch import nn
 
 pytest.importorskip("diffusers")
 
-from diffusers import ControlNetModel
+from diffusers import ControlNetModel, UNet1DModel
 from diffusers.models.attention_processor import AttnProcessor2_0
 from tiny_unets import (
     MOTION,
@@ -106,6 +106,10 @@ def test_prefixes_choose_layers_and_patterns(unet):
     with pytest.raises(ValueError, match="one for each prefix, not 'first'"):
         install(unet, "first")
     assert not unet._forward_pre_hooks
+    with pytest.raises(TypeError, match="a list is no model: give the unet of a pipeline"):
+        install([unet], OWN)
+    with pytest.raises(ValueError, match="UNet1DModel is one to serve"):
+        install(UNet1DModel(block_out_channels=(8, 8, 16)), OWN)
 
 
 def test_patterns_change_the_output(unet):

@@ -241,6 +241,8 @@ def choose_processors(
     model: nn.Module, pattern: Patterns, clip: Clip, backend: str, attention: str | None = None
 ) -> dict[str, AttnProcessor]:
     """Layer name -> the processor that `install` gives it; raises as `install` does."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"a {type(model).__name__} is no model: give the unet of a pipeline")
     refuse_patched(model)
     patterns = {"": pattern} if isinstance(pattern, FramePattern) else pattern
     if not isinstance(patterns, Mapping):
@@ -248,7 +250,7 @@ def choose_processors(
     layers = attention_layers(model)
     axes = token_axes(model)
     for prefix in patterns:
-        if not any(name.startswith(prefix) for name in layers):
+        if prefix and not any(name.startswith(prefix) for name in layers):
             raise ValueError(
                 f"no self-attention layer of this {type(model).__name__} is named {prefix!r}: "
                 f"they are {', '.join(dict.fromkeys(name.partition('.')[0] for name in layers))}"
