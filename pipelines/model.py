@@ -203,7 +203,9 @@ class InflatedPipeline(
 
     def __setattr__(self, name: str, value) -> None:
         if name == "scheduler":  # another one is another noise schedule of the same DDIM
-            value, self.inverse_scheduler = ddim_schedulers(value)
+            given = value
+            value, self.inverse_scheduler = ddim_schedulers(given)
+            self._given_scheduler = given  # what is saved
         other = name == "unet" and self.__dict__.get("handle") and value is not self.unet
         if other:
             if hasattr(value, "_orig_mod"):
@@ -375,7 +377,7 @@ class InflatedPipeline(
         with self._plain("save_pretrained()"):
             plain.register_modules(
                 vae=self.vae, text_encoder=self.text_encoder, tokenizer=self.tokenizer,
-                unet=self.unet, scheduler=self.scheduler, **absent,
+                unet=self.unet, scheduler=self._given_scheduler, **absent,
             )  # fmt: skip
             plain.save_pretrained(save_directory, *args, **kwargs)
 

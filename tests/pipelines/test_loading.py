@@ -16,6 +16,7 @@ from diffusers import (
     AutoPipelineForText2Image,
     ConsistencyDecoderVAE,
     DiffusionPipeline,
+    PNDMScheduler,
     StableDiffusionPipeline,
 )
 from safetensors.torch import load_file, save_file
@@ -231,6 +232,19 @@ def test_a_saved_folder_is_opened_by_diffusers_and_by_us(folder, tmp_path, metho
     found = again.handle.tuned_state()
     assert found.keys() == tuned.keys()
     assert all(torch.equal(found[name], tuned[name]) for name in tuned)
+
+
+def test_the_scheduler_that_was_given_is_saved(load, tmp_path):
+    """DDIM follows its schedule here, and diffusers samples with it as before."""
+    pipe = load()
+    given = PNDMScheduler.from_config(pipe.scheduler.config, skip_prk_steps=True)
+    pipe.scheduler = given
+    pipe.save_pretrained(tmp_path)
+    opened = StableDiffusionPipeline.from_pretrained(tmp_path).scheduler
+    assert type(opened) is PNDMScheduler and opened.config.skip_prk_steps
+    again = type(pipe).from_pretrained(tmp_path).scheduler
+    assert torch.equal(again.alphas_cumprod, pipe.scheduler.alphas_cumprod)
+    assert type(again) is type(pipe.scheduler)
 
 
 def test_saving_takes_the_arguments_of_diffusers(load, tmp_path):
