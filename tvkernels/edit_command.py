@@ -90,7 +90,9 @@ def edit_command(
             help="Image, video or folder, bright where the clip may change, instead of --words."
         ),
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Same seed, same bytes. (default: 0)")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Same seed, same edited frames. (default: 0)")
+    ] = None,
     dtype: Annotated[
         str | None,
         typer.Option(
