@@ -282,7 +282,7 @@ class BlendedDiffusionPipeline(OneShotPipeline):
             found = latent_mask(mask, frames, size, self.multiple)
             return GivenMask(found.to(source.latents.device))
         if prompt is None or source.prompt is None:
-            raise ValueError("prompt_embeds name no words whose region is edited: give a mask")
+            raise ValueError("prompt_embeds name no words to find a region by: give a mask")
         if source.maps is None:
             raise ValueError(
                 f"the runtime {self.runner.backend} gives no maps of words: give a mask"

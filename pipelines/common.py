@@ -32,7 +32,7 @@ def working(gradients: bool = False):
     """Decorates a pipeline's method: the same results whatever mode the caller is in.
 
     Inside gradients are on or off as asked, autocast and inference mode are off, and a lack of
-    memory is told with what to lower.
+    memory comes with what to lower.
     """
 
     def decorate(method):

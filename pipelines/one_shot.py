@@ -234,7 +234,7 @@ class OneShotPipeline(InflatedPipeline):
                 frames of 128 x 128 took 1.035 times as long (one CPU thread, medians of 5).
         Raises:
             ValueError: nothing to start from, unknown callback inputs or output type, or a prompt
-                that is told twice or not at all.
+                that is given twice or not at all.
         """
         wanted = self._check_call(
             callback_on_step_end, callback_on_step_end_tensor_inputs, output_type

@@ -63,7 +63,7 @@ def check_texts(
     negative_prompt_embeds: Tensor | None,
     width: int,
 ) -> None:
-    """Whether each half is told once, as diffusers' pipelines ask for it.
+    """Whether each half is given once, as diffusers' pipelines ask.
 
     Args:
         prompt, negative_prompt: strings or None.

@@ -45,7 +45,7 @@ ROWS_ON_DEVICE = 16384
 
 
 CAST = (
-    "inflate needs a UNet whose weights are stored as they compute, this one's are cast layer by "
+    "inflate needs weights that are stored as they compute, this UNet casts its own layer by "
     "layer, which fused kernels would read: load it without enable_layerwise_casting()"
 )
 STALE_TIME = (

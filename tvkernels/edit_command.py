@@ -155,10 +155,10 @@ def edit_command(
         typer.Option(help="Of stable-video: the background alone. (default: it stays)"),
     ] = None,
     controlnet_canny: Annotated[
-        str | None, typer.Option(help="Of stable-video: a ControlNet on edges, for the objects.")
+        str | None, typer.Option(help="StableVideo: a ControlNet on edges, for objects.")
     ] = None,
     controlnet_depth: Annotated[
-        str | None, typer.Option(help="Of stable-video: one on depth, for the background.")
+        str | None, typer.Option(help="StableVideo: one on depth, for the background.")
     ] = None,
     depth_model: Annotated[
         str | None, typer.Option(help="What makes the depth: a model of transformers.")

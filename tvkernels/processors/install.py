@@ -205,7 +205,7 @@ def install(
 
     Serves UNet2DConditionModel and ControlNets (frames in the batch, [B * F, C, h, w]), and the
     video UNets (UNetMotionModel, UNet3DConditionModel, I2VGenXLUNet, [B, C, F, h, w];
-    UNetSpatioTemporalConditionModel, [B, F, C, h, w]), whose layers over frames get
+    UNetSpatioTemporalConditionModel, [B, F, C, h, w]). Their layers over frames get
     `temporal_attention`. Cross-attention is left alone, so text stays [B * F, L, C] there.
 
     Args:
@@ -220,8 +220,7 @@ def install(
     Returns:
         The handle: `.layers` names what was patched, `.remove()` restores.
     Raises:
-        TypeError: another kind of model, or layers of which it is not known whether their tokens
-            are positions or frames.
+        TypeError: another kind of model, or layers with tokens that may be positions or frames.
         RuntimeError: already patched, or layers hold processors that are not diffusers' defaults
             (fused, sliced, xformers, ...); the text names them.
         ValueError: the pattern matches no layer, or names one that `attention` cannot honour.

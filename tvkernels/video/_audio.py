@@ -65,7 +65,7 @@ def _found(audio: Audio, files: ExitStack) -> tuple[object, list] | None:
     if not packets:
         log.warning("%s has no sound beside the frames taken", audio.path)
         return None
-    with av.open(io.BytesIO(), "w", format="mp4") as trial:  # what fails shall fail here
+    with av.open(io.BytesIO(), "w", format="mp4") as trial:  # what fails should fail here
         trial.mux(on_track(packets, trial.add_stream_from_template(stream)))
     return stream, packets
 

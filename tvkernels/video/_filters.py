@@ -25,7 +25,7 @@ TONE_MAP = (("scale", "out_primaries=bt709:out_transfer=bt709"), ("format", "rgb
 # `scale` bends saturated colours of SDR clips (a BT.709 blue became (0, 120, 215)), this does not.
 NARROW = (("colorspace", "iall=bt2020:all=bt709:format=yuv444p"),)
 
-# Dolby Vision whose picture is no other format's too: these tags, and nothing said of the colours.
+# Dolby Vision that no other decoder shows: these tags, and nothing said of the colours.
 DOLBY_TAGS = ("dvh1", "dvhe", "dva1", "dvav", "dav1")
 
 
