@@ -120,6 +120,15 @@ class InflatedHandle(Handle):
         weights are where they can be read."""
         if self.text_width is None or guests(self.model).moved:
             return False
+        return self.text_untouched()
+
+    @property
+    def adapters(self) -> tuple:
+        """What adapters and FreeU did at the last `check`, see `touched.Guests`."""
+        return self._seen[0]
+
+    def text_untouched(self) -> bool:
+        """Whether there are no hooks on the layers that project text."""
         return all(untouched(part) for layer in self._cross() for part in (layer.to_k, layer.to_v))
 
     def holds_time(self, found: Guests | None = None) -> bool:

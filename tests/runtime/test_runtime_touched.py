@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("diffusers")
 
-from tiny_unets import clip_inputs, one_level_unet, seeded
+from tiny_unets import assert_rounding, clip_inputs, one_level_unet, seeded
 
 from tvkernels import BackendError, inflate
 from tvkernels.recipes import EI2, FRAME_BY_FRAME
@@ -65,6 +65,41 @@ def test_a_step_that_holds_weights_is_dropped_with_them(monkeypatch):
         unet.disable_adapters()
         runner(*clip_inputs())
     assert len(prepared) == 4
+
+
+def test_what_was_projected_is_renewed_or_refused():
+    unet = one_level_unet()
+    sample, t, text = clip_inputs()
+    refused = pytest.raises(ValueError, match=r"projected before the UNet changed: call text\(\)")
+    with inflate(unet, EI2, generator=seeded()) as handle:
+        runner = accelerate(unet)
+
+        def call(time, states):
+            return runner(sample, time, states).sample
+
+        (row,), held = runner.times(t[None]), runner.text(text)
+        copied = held.clone()
+        for parameter in unet.parameters():
+            parameter.data.mul_(1.1)  # which moves no version
+        runner.weights_changed()
+        assert_rounding(call(row, held), call(t, text))
+        with refused:
+            call(row, copied)
+        layer = next(m for n, m in unet.named_modules() if n.endswith("attn2.to_k"))
+        hook = layer.register_forward_hook(lambda module, args, out: 2 * out)
+        with refused:
+            call(t, held)
+        hook.remove()
+        hook = unet.time_embedding.linear_2.register_forward_hook(lambda m, args, out: 2 * out)
+        assert_rounding(call(row, held), call(t, text))
+        hook.remove()
+        for module in handle._spectral:
+            with torch.no_grad():
+                module.weight.mul_(1.5)
+        before = [module.exact.clone() for module in handle._spectral]
+        call(row, held)
+        for module, old in zip(handle._spectral, before, strict=True):
+            assert_rounding(module.exact, 1.5 * old)  # where compiled code reads it
 
 
 class Prepared:

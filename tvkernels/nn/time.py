@@ -84,6 +84,7 @@ class TimeTable:
         """Whether rows are good: no hook or adapter would be passed by or run twice."""
         there = self.unet.time_embedding
         own = there is self.embedding and untouched(there, self.forward)
+        own = own and all(untouched(part) for part in there.children())
         return own and all(part.in_place() for part in self.projections)
 
     def rows(self, timesteps: Tensor) -> Tensor:

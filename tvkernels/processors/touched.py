@@ -75,7 +75,7 @@ def guests(model: nn.Module) -> Guests:
             adapters.append(tuple(own[name] for name in FREEU))
         for parameter in own["_parameters"].values():
             if parameter is not None and not parameter.is_inference():  # which have no version
-                identities ^= id(parameter)
+                identities += id(parameter)
                 versions += parameter._version
     found = tuple(adapters)
     return Guests(cast, moved, (identities, versions, found), found)

@@ -10,7 +10,6 @@ from torch import Tensor
 from tvkernels._dispatch import OPS
 from tvkernels._inflate import InflatedHandle
 from tvkernels.patterns import FramePattern
-from tvkernels.processors.touched import guests
 from tvkernels.runtime.program import Shape, VideoStep
 from tvkernels.runtime.settings import FLOATS
 
@@ -75,7 +74,7 @@ class Graphs:
         model = self.handle.model
         # Graphs hold where the weights were, and how strong adapters were as numbers.
         places = [x.data_ptr() for x in itertools.chain(model.parameters(), model.buffers())]
-        places.append(guests(model).adapters)
+        places.append(self.handle.adapters)
         if places != self._places:
             self._captured.clear()
             self._places = places

@@ -91,7 +91,9 @@ class Runner:
                 f"the runtime {backend} has no option {sorted(unknown)[0]!r}: it takes {known}"
             )
         self._steps: dict[tuple, Step] = {}
-        self._weights: tuple = ()  # those that the steps hold, where they hold any
+        self._weights: tuple = ()  # those of the last call
+        self._epoch = 0  # writes that leave no trace on a weight
+        self._made_at: tuple | None = None  # the state that text was last projected in
         watch(handle.model)
 
     def __reduce__(self):
@@ -117,7 +119,8 @@ class Runner:
         if not self.handle.holds_text():
             return states
         projected = self.handle.project_text(states)
-        projected._made = (states, self._state())
+        self._made_at = self._state()
+        projected._made = (states, self._made_at)
         return projected
 
     def times(self, timesteps: Tensor) -> Sequence[Tensor]:
@@ -136,18 +139,22 @@ class Runner:
         """To be called where weights were written past autograd; other changes are noticed."""
         if not self._module.LIVE:
             self._steps.clear()
+        self._epoch += 1
         self.handle.weights_changed()
 
-    def _state(self, scale: float = 1.0) -> tuple:
-        return *self.handle.check().weights, scale
+    def _state(self, found: Guests | None = None, scale: float = 1.0) -> tuple:
+        return *(found or self.handle.check()).weights, self._epoch, scale
 
     def _current(self, text: Tensor, timestep: Tensor, found: Guests, scale: float) -> tuple:
         """Text and timestep as the weights of now have them, and the timestep as a number."""
-        state = (*found.weights, scale)
+        state = self._state(found, scale)
         whole = text if text._base is None else text._base
-        states, before = getattr(whole, "_made", (None, state))
-        if before != state:
-            if not self.handle.holds_text():
+        held = text.shape[-1] == self.handle.text_width
+        # A copy of what was projected has lost its mark, and is as old as the last one at least.
+        states, before = getattr(whole, "_made", (None, (held and self._made_at) or state))
+        if before != state or (held and not self.handle.text_untouched()):
+            fixed = whole.is_inference() and not torch.is_inference_mode_enabled()
+            if states is None or fixed or not self.handle.holds_text():
                 raise ValueError("text was projected before the UNet changed: call text() again")
             whole.copy_(self._scaled(scale, self.handle.project_text, states))
             whole._made = (states, state)
@@ -240,6 +247,11 @@ class Runner:
             timestep = torch.as_tensor(timestep, device=sample.device)
         text, timestep, number = self._current(encoder_hidden_states, timestep, found, scale)
         text, timestep = text.to(sample.dtype), timestep.to(sample.device)
+        if self._weights != found.weights:
+            if not self._module.LIVE:
+                self._steps.clear()
+            self.handle.settle()  # compiled code and graphs read what it works out
+            self._weights = found.weights
         if self._module.LIVE:
             step = self._step(sample, timestep, text, frames)
             given = {
@@ -253,9 +265,6 @@ class Runner:
                 return out
             noise = out
         else:
-            if self._weights != found.weights:
-                self._steps.clear()
-                self._weights = found.weights
             if images != clips * frames:
                 sample = sample.repeat(clips, 1, 1, 1)
             if not mixes_frames(self.handle):
