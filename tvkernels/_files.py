@@ -28,7 +28,8 @@ def atomic_path(path: Path, error: type[Exception]) -> Iterator[Path]:
         os.replace(temporary, path)
     except OSError as reason:
         said = f"cannot write {path}: {reason.strerror or reason}"
-        if isinstance(reason, PermissionError) and path.is_file():  # Windows, of an open file
+        free = path.is_file() and os.access(path.parent, os.W_OK)
+        if isinstance(reason, PermissionError) and free:  # Windows, of an open file
             said += ": close the program that has it open, or write to another name"
         raise error(said) from reason
     finally:

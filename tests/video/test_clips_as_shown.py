@@ -13,6 +13,7 @@ from clip_files import encode, sound_of, with_matrix  # noqa: E402
 
 from tvkernels import _files  # noqa: E402
 from tvkernels.video import VideoError, contact_sheet, read_mask, read_video, write_video  # noqa: E402
+from tvkernels.video._decode import open_source  # noqa: E402
 
 ONE, RED, RATE = 1 << 16, (255, 0, 0), 48000
 TURNS = {
@@ -209,6 +210,25 @@ def test_uneven_times_become_a_constant_rate(tmp_path, caplog, name, codec, pix_
     assert np.array_equal(part.frames, video.frames[4:13:3])
 
 
+def test_a_clip_without_a_list_of_times_is_counted(tmp_path):
+    path, options = tmp_path / "f.mp4", {"movflags": "frag_keyframe+empty_moov"}
+    with av.open(str(path), "w", options=options) as out:
+        stream = out.add_stream("libx264", rate=8)
+        stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
+        for frame in ramp():
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        out.mux(stream.encode(None))
+    with open_source(path) as source:
+        assert source.count == 12
+    assert len(read_video(path)) == 12
+
+
+def test_the_last_frame_after_a_pause_is_kept(tmp_path):
+    pause = {"times": [0, 50], "time_base": Fraction(1, 10)}
+    video = read_video(encode(tmp_path / "p.mkv", ramp(2), "libx264", "yuv420p", 10, **pause))
+    assert np.round(video.frames[-1, 0, 0, 0] / 20) == 1
+
+
 @pytest.mark.parametrize("fps", [10, 25, Fraction(24000, 1001), Fraction(30000, 1001), 60])
 @pytest.mark.parametrize("name", ["k.mkv", "k.mov", "k.avi"])
 def test_even_times_stay_what_they_are(tmp_path, caplog, name, fps):
@@ -281,6 +301,13 @@ def test_a_locked_file_is_one_line(tmp_path, monkeypatch):
     with pytest.raises(VideoError, match="Access is denied: close the program that has it open"):
         write_video(tmp_path / "c.mp4", quarters(1), 8)
     assert [file.name for file in tmp_path.iterdir()] == ["c.mp4"]
+
+
+def test_a_picture_beyond_reason_is_one_line(tmp_path, monkeypatch):
+    Image.fromarray(quarters(1)[0]).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    with pytest.raises(VideoError, match=r"a\.png is not an image that can be read: Image size"):
+        read_video(tmp_path)
 
 
 def test_folders_say_what_they_pass_over(tmp_path, caplog):

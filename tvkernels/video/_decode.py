@@ -87,7 +87,7 @@ def _clip(container, path: Path, rate: Fraction, even: bool, count: int, ground:
     frames = through(frames if first is None else chain([first], frames), needs(context))
     if not even:
         log.warning("%s has uneven frame times: read at %.6g frames a second", path, rate)
-        constant = (("fps", f"fps={rate}"),)
+        constant = (("fps", f"fps={rate}:eof_action=pass"),)
         frames = through(frames, lambda frame: constant)
     turned = matrix is not None and abs(matrix[1]) > abs(matrix[0])
     aspect = Fraction(stream.sample_aspect_ratio or 1)

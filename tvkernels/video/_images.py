@@ -60,8 +60,9 @@ def on(colour: str, picture) -> np.ndarray:
 
 def read_image(file: Path, colour: str = "white") -> np.ndarray:
     """uint8 [H, W, 3], upright, laid on ``colour``."""
+    unreadable = (need("PIL.Image").DecompressionBombError,)
     try:
         with need("PIL.Image").open(file) as picture:
             return on(colour, eight_bits(need("PIL.ImageOps").exif_transpose(picture)))
-    except OSError as error:
+    except (*unreadable, OSError, SyntaxError, ValueError) as error:
         raise VideoError(f"{file} is not an image that can be read: {error}") from error

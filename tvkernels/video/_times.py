@@ -17,10 +17,12 @@ def rate_of(container, stream) -> tuple[Fraction, bool, int]:
     """Frames a second, whether every frame lies where this rate has it, and frames at this rate.
 
     Reads all packets of the stream, and leaves the container at its end, unless the header
-    tells: mp4 and mov list the time of every frame.
+    tells: mp4 and mov list the time of every frame, if they are not fragmented. It is the time of
+    decoding, so a pause right before the last frames, which are decoded out of order, is not seen.
     """
     told = Fraction(stream.average_rate or 0)
-    if told and told == stream.base_rate and "mp4" in container.format.name.split(","):
+    listed = "mp4" in container.format.name.split(",") and stream.frames
+    if told and told == stream.base_rate and listed:
         return told, True, stream.frames
     tick = Fraction(stream.time_base or MILLISECOND)
     packets = [(p.dts if p.pts is None else p.pts, p.duration) for p in container.demux(stream)]
