@@ -48,7 +48,7 @@ def before(place, tmp_path, monkeypatch):
     """The settings that an edit begins its work with, and the lines it has said by then."""
     monkeypatch.setattr(edit, "frames_of", lambda given: 4)
 
-    def before(method="ei2", **changes):
+    def before(method="ei2", told=None, **changes):
         given = {
             "clip": place / "clip.mp4", "model": str(place / "model"), "method": method,
             "source_prompt": "a red circle", "prompts": ["a blue star"], "frames": 2,
@@ -63,7 +63,7 @@ def before(place, tmp_path, monkeypatch):
 
         monkeypatch.setattr(edit, "_load", load)
         with pytest.raises(Reached):
-            edit.edit(resolve(given), [], lines.append)
+            edit.edit(resolve(given), [], lines.append, told)
         return seen["settings"], lines
 
     return before
@@ -118,6 +118,17 @@ def test_an_option_without_effect_is_refused_or_said(before, method):
             _, lines = before(method, **asked)
             said = any(line.startswith(f"{name} has no effect") for line in lines)
             assert said == (method in without), (name, lines)
+
+
+def test_what_a_configuration_brings_is_said_only(before):
+    """The record of a tuned edit runs again without tuning, or by a method that tunes nothing."""
+    kept = {"tune_steps": 3, "learning_rate": 1e-3}
+    _, lines = before("ei2", {"tune_steps"}, **kept | {"tune_steps": 0})
+    assert "learning_rate has no effect: nothing is tuned" in lines
+    _, lines = before("frame-by-frame", {"method"}, **kept)
+    assert {line.partition(" ")[0] for line in lines} >= set(kept)
+    with pytest.raises(ConfigError, match="--tune-steps has no effect"):
+        before("frame-by-frame", {"method", "tune_steps"}, **kept)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import shutil
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -233,21 +233,24 @@ def idle(settings: EditSettings) -> list[Idle]:
     return [each for each in IDLE if each.when(asked)]
 
 
-def check_idle(given: EditSettings, settings: EditSettings) -> list[str]:
+def check_idle(
+    given: EditSettings, settings: EditSettings, told: Collection[str] | None = None
+) -> list[str]:
     """Lines on options without effect.
 
     Args:
         given: as the user gave them.
         settings: the same, filled up.
+        told: names of those that are asked for now, None for all.
     Raises:
-        ConfigError: one that asks for what will not be done.
+        ConfigError: one of these that asks for what will not be done.
     """
     lines = []
     for each in idle(settings):
         if getattr(given, each.name) is None:
             continue
         option, why = each.name.replace("_", "-"), each.why.format(method=settings.method)
-        if each.refused:
+        if each.refused and (told is None or each.name in told):
             raise ConfigError(f"--{option} has no effect, {why}: leave out --{option}")
         lines.append(f"{each.name} has no effect: {why}")
     return lines

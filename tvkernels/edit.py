@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
@@ -36,13 +36,17 @@ Say = Callable[[str], None]
 
 
 @memory_advice()
-def edit(given: EditSettings, notes: list[str], say: Say) -> list[Path]:
+def edit(
+    given: EditSettings, notes: list[str], say: Say, told: Collection[str] | None = None
+) -> list[Path]:
     """Edits a clip, once for each prompt.
 
     Args:
         given: settings; what is None is decided here.
         notes: keys of the configuration file without effect.
         say: shows one line to the user.
+        told: names of the settings that are asked for now, None for all; one that has no effect
+            is refused then, and said where a configuration file brings it.
     Returns:
         The edited clips. Beside each lies a JSON file: the settings it was made with, which
         `tvk edit --config` reads again, versions, model, seconds and cache hits.
@@ -69,7 +73,7 @@ def edit(given: EditSettings, notes: list[str], say: Say) -> list[Path]:
         update={**chosen, "size": first.frames.shape[1:3], "device": str(device),
                 "dtype": SHORT[dtype]}
     )  # fmt: skip
-    notes += beforehand.check_idle(given, settings)
+    notes += beforehand.check_idle(given, settings, told)
     beforehand.check_runtime(settings, device, dtype)
     beforehand.check_schedule(settings)
     notes += beforehand.check_texts(settings, numbers)
@@ -230,7 +234,10 @@ def preprocess(
         )  # fmt: skip
 
     def invert() -> None:
-        pipe.invert(video.frames, num_inference_steps=settings.steps, cache=cache, **chunk)
+        pipe.invert(
+            video.frames, num_inference_steps=settings.steps, clip_skip=settings.clip_skip,
+            cache=cache, **chunk,
+        )  # fmt: skip
 
     hits = {}
     for stage, run in zip(front(settings.method).stages, (fit, invert), strict=False):
@@ -300,11 +307,11 @@ def fetch_bytes(pixels: Tensor) -> Callable[[], np.ndarray]:
 
     found = pixels.mul(255).round().byte().permute(0, 2, 3, 1)
     if not found.is_cuda:
-        return found.numpy
+        return found.cpu().numpy
     host = torch.empty(found.shape, dtype=found.dtype, pin_memory=True)
     host.copy_(found, non_blocking=True)
     done = torch.cuda.Event()
-    done.record()
+    done.record(torch.cuda.current_stream(found.device))
 
     def wait() -> np.ndarray:
         done.synchronize()

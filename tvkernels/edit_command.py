@@ -199,10 +199,11 @@ def edit_command(
         raise ConfigError("--atlas-layer goes with --atlas")
     given["atlas_dir"] = atlas_dir
     settings, notes = read_config(config) if config is not None else ({}, [])
-    settings.update({name: value for name, value in given.items() if value is not None})
+    told = {name: value for name, value in given.items() if value is not None}
+    settings.update(told)
     from tvkernels.edit import edit
 
-    edit(resolve(settings), notes, say)
+    edit(resolve(settings), notes, say, told)
 
 
 def _edit_by_atlas(given: dict, pictures: list[Path], layer, folder, config) -> None:
