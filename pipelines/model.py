@@ -266,7 +266,7 @@ class InflatedPipeline(
             ModelError: no such file, a pickle, no whole model, or one of another family.
         """
         place = str(pretrained_model_link_or_path)
-        if "://" not in place and "config" not in kwargs:
+        if "://" not in place and not {"config", "original_config"} & kwargs.keys():
             kwargs["config"] = str(single_file_config(place))
         return super().from_single_file(place, **kwargs)
 
@@ -340,8 +340,9 @@ class InflatedPipeline(
             now = self._own(state)
             self._inflate(torch.Generator().manual_seed(0))
             for name, old in before.items():
-                if not torch.equal(now[name], old):  # an adapter was fused
-                    state[name] += now[name] - old
+                new = now[name].to(old.device)  # loaders move an offloaded UNet
+                if not torch.equal(new, old):  # an adapter was fused
+                    state[name] += new - old
             self.handle.load_tuned_state(state)
             self.runner.weights_changed()
 

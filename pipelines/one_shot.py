@@ -112,7 +112,11 @@ class OneShotPipeline(InflatedPipeline):
             text = self.runner.text(text)
         parameters = list(self.handle.tuned_parameters().values())
         # In bfloat16 most updates are smaller than the weight's last bit: they add up in float32.
-        wide = [p if p.dtype != torch.bfloat16 else p.detach().float() for p in parameters]
+        # An offloaded UNet is elsewhere yet, its gradients will be on the device.
+        wide = [
+            p if p.dtype != torch.bfloat16 else p.detach().to(device, torch.float32)
+            for p in parameters
+        ]
         narrow = [(p, copy) for p, copy in zip(parameters, wide, strict=True) if copy is not p]
         optimizer = torch.optim.AdamW(wide, lr=rate, weight_decay=self.settings.weight_decay)
         self.unet.train()

@@ -44,6 +44,7 @@ def pick_device(name: str = "auto") -> torch.device:
     Raises:
         DeviceError: there is no such device; the text lists those that there are.
     """
+    name = {"cpu:0": "cpu", "mps:0": "mps"}.get(name, name)  # as tensors say it
     there = devices()
     kinds = dict.fromkeys(each.partition(":")[0] for each in there)
     if name == "auto":

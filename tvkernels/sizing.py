@@ -217,7 +217,10 @@ def free_memory(device: torch.device) -> int | None:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if device.type == "xpu":
-        return torch.xpu.mem_get_info(device)[0]
+        try:
+            return torch.xpu.mem_get_info(device)[0]
+        except RuntimeError:  # not every driver tells
+            return None
     if device.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
     try:
@@ -283,8 +286,10 @@ def _seconds(call, device: torch.device) -> float:
     for _ in range(2):
         began = time.perf_counter()
         call()
-        if device.type != "cpu":
-            getattr(torch, device.type).synchronize()
+        if device.type == "mps":
+            torch.mps.synchronize()
+        elif device.type != "cpu":
+            getattr(torch, device.type).synchronize(device)
     return time.perf_counter() - began
 
 
