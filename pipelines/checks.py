@@ -52,6 +52,8 @@ def check_model(model: str | Path, variant: str | None = None) -> None:
     if path == folder:
         for part, stem in WEIGHTS.items():
             _check_weights(path / part, stem, variant)
+        if variant is not None and not any(path.glob(f"*/*.{variant}*.safetensors")):
+            raise ModelError(f"{path} has no variant {variant}: leave it out")
     elif folder is not None and variant is not None:
         raise ModelError(f"{path} is one file and has no variant {variant}: leave it out")
 
@@ -76,16 +78,13 @@ def _check_weights(folder: Path, stem: str, variant: str | None) -> None:
     split = [re.sub(r"-\d+-of-\d+", "", name).split(".") for name in names]
     there = {parts[1] if len(parts) == 3 else None for parts in split
              if parts[0] == stem and parts[-1] == "safetensors"}  # fmt: skip
-    if variant in there:
+    if {variant, None} & there:  # a variant is of each part for itself, as in diffusers
         return
-    others = sorted(filter(None, there))
+    others = " or ".join(sorted(filter(None, there)))
     if variant is None and others:
-        raise ModelError(f"{folder} has nothing but variants: ask for variant {others[0]}")
-    if there:
-        raise ModelError(
-            f"{folder} has no variant {variant}: "
-            + (f"ask for {' or '.join(others)}" if others else "leave it out")
-        )
+        raise ModelError(f"{folder} has nothing but variants: ask for variant {others}")
+    if others:
+        raise ModelError(f"{folder} has no variant {variant}: ask for {others}")
     if any(parts[0] in (stem, "pytorch_model") and parts[-1] == "bin" for parts in split):
         root = folder.parent
         raise ModelError(

@@ -119,6 +119,8 @@ def single_file_kind(path: str | Path, configs: Mapping[Path, tuple[int, int]]) 
         raise ModelError(f"{path} is {kind}")
     if any(name.startswith("conditioner.") for name in shapes):
         raise ModelError(f"{path} is an SDXL model: give a Stable Diffusion 1.x model")
+    if len(shapes.get(CONV_IN, ())) != 4:
+        raise ModelError(f"{path} is a model of another family: give a Stable Diffusion 1.x model")
     (first, channels, *_), text = shapes[CONV_IN], shapes.get(TEXT_IN, (0, 0))[1]
     if channels != 4:
         raise ModelError(

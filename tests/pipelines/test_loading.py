@@ -104,6 +104,9 @@ BROKEN = {
         lambda t: t | {"model.diffusion_model.input_blocks.0.0.weight": torch.ones(48, 9, 3, 3)},
         "takes 9 channels",
     ),
+    "another family": (
+        lambda t: {k: v for k, v in t.items() if "input_blocks.0.0" not in k}, "another family",
+    ),
     "no VAE": (
         lambda t: {k: v for k, v in t.items() if not k.startswith("first_stage")}, "has no VAE",
     ),
@@ -176,6 +179,9 @@ def test_variants(folder, tmp_path):
         "ei2", tmp_path / "half", variant="fp16", dtype=torch.bfloat16, device="cpu"
     )
     assert {getattr(half, part).dtype for part in PARTS} == {torch.bfloat16}
+    shutil.rmtree(tmp_path / "half" / "vae")
+    shutil.copytree(folder / "vae", tmp_path / "half" / "vae")
+    check_model(tmp_path / "half", "fp16")  # a plain VAE beside halves
     for model, variant, message in (
         (tmp_path / "half", None, "ask for variant fp16"),
         (tmp_path / "half", "ema", "ask for fp16"),
