@@ -115,10 +115,10 @@ class InflatedHandle(Handle):
         """T of `project_time`'s result; None where the UNet has no such table."""
         return self._time.width if self._time else None
 
-    def holds_text(self) -> bool:
+    def holds_text(self, found: Guests | None = None) -> bool:
         """Whether `project_text` stands for the text: there are no hooks on the layers, and their
         weights are where they can be read."""
-        if self.text_width is None or guests(self.model).moved:
+        if self.text_width is None or (found or guests(self.model)).moved:
             return False
         return self.text_untouched()
 
@@ -172,7 +172,7 @@ class InflatedHandle(Handle):
         return torch.cat([x.flatten(2) for pair in pairs for x in pair], -1).to(states.device)
 
     @torch.no_grad()
-    def project_time(self, timesteps: Tensor) -> Tensor:
+    def project_time(self, timesteps: Tensor, found: Guests | None = None) -> Tensor:
         """What every ResNet adds for its timestep, for a whole schedule.
 
         The UNet takes a row [1, T] of it as `timestep_cond` and then ignores the timestep.
@@ -187,7 +187,7 @@ class InflatedHandle(Handle):
         """
         if self._time is None:
             raise ValueError("this UNet's time embedding has no table: call it with the timestep")
-        if not self.holds_time():
+        if not self.holds_time(found):
             raise ValueError(STALE_TIME)
         own = _beside(self._time.projections[0].layer, timesteps)
         return self._time.rows(own).to(timesteps.device)

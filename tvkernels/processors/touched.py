@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import nn
@@ -58,7 +57,7 @@ class Guests:
 
 
 def guests(model: nn.Module) -> Guests:
-    """One walk over a model. SD-1.5's UNet takes 0.7 ms (one thread of a crowded x86-64)."""
+    """One walk over a model: 0.44 ms for 709 modules with 782 parameters (one x86-64 thread)."""
     cast = moved = False
     versions, identities, adapters = 0, 0, []
     for module in every(model):
@@ -71,7 +70,7 @@ def guests(model: nn.Module) -> Guests:
         moved |= "_hf_hook" in own and module is not model
         if "base_layer" in own["_modules"]:
             adapters.append(adapter_state(module))
-        if own.get("s1") is not None:
+        if "s1" in own and own["s1"] is not None:
             adapters.append(tuple(own[name] for name in FREEU))
         for parameter in own["_parameters"].values():
             if parameter is not None and not parameter.is_inference():  # which have no version
@@ -92,10 +91,10 @@ def adapter_state(layer: nn.Module) -> tuple:
     )
 
 
-def every(model: nn.Module) -> Iterator[nn.Module]:
-    """`model.modules()` in no order, several times as fast; a module shared by two comes twice."""
-    stack = [model]
-    while stack:
-        module = stack.pop()
-        yield module
-        stack += [child for child in module._modules.values() if child is not None]
+def every(model: nn.Module) -> list[nn.Module]:
+    """`model.modules()` in another order, and far faster; a module shared by two comes twice."""
+    found = [model]
+    for module in found:  # it grows meanwhile
+        if children := module.__dict__["_modules"]:
+            found += [child for child in children.values() if child is not None]
+    return found

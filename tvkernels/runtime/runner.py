@@ -116,10 +116,11 @@ class Runner:
         What was projected follows the weights: after another adapter, or under another scale, the
         next call projects it again, in place.
         """
-        if not self.handle.holds_text():
+        found = self.handle.check()
+        if not self.handle.holds_text(found):
             return states
         projected = self.handle.project_text(states)
-        self._made_at = self._state()
+        self._made_at = self._state(found)
         projected._made = (states, self._made_at)
         return projected
 
@@ -128,9 +129,10 @@ class Runner:
 
         A row knows its timestep, which the UNet is called with too.
         """
-        if not self.handle.holds_time():
+        found = self.handle.check()
+        if not self.handle.holds_time(found):
             return timesteps.unbind()
-        rows, state = self.handle.project_time(timesteps).split(1), self._state()
+        rows, state = self.handle.project_time(timesteps, found).split(1), self._state(found)
         for row, timestep in zip(rows, timesteps, strict=True):
             row._made = (timestep, state)
         return rows
@@ -142,8 +144,8 @@ class Runner:
         self._epoch += 1
         self.handle.weights_changed()
 
-    def _state(self, found: Guests | None = None, scale: float = 1.0) -> tuple:
-        return *(found or self.handle.check()).weights, self._epoch, scale
+    def _state(self, found: Guests, scale: float = 1.0) -> tuple:
+        return *found.weights, self._epoch, scale
 
     def _current(self, text: Tensor, timestep: Tensor, found: Guests, scale: float) -> tuple:
         """Text and timestep as the weights of now have them, and the timestep as a number."""
@@ -154,7 +156,7 @@ class Runner:
         states, before = getattr(whole, "_made", (None, (held and self._made_at) or state))
         if before != state or (held and not self.handle.text_untouched()):
             fixed = whole.is_inference() and not torch.is_inference_mode_enabled()
-            if states is None or fixed or not self.handle.holds_text():
+            if states is None or fixed or not self.handle.holds_text(found):
                 raise ValueError("text was projected before the UNet changed: call text() again")
             whole.copy_(self._scaled(scale, self.handle.project_text, states))
             whole._made = (states, state)
