@@ -19,8 +19,8 @@ __all__ = [
     "ModelError", "check_embedding", "check_lora", "check_model", "check_unet", "check_vae",
     "configuration", "latent_side", "model_size", "single_file_config", "vae_factor",
 ]  # fmt: skip
-# Models that come in one file: the embedded one and Stable Diffusion 1.x, whose
-# configurations and tokenizer lie beside this file.
+# Models that come in one file: the embedded one and Stable Diffusion 1.x. Their configurations and
+# tokenizers ship with the package.
 CONFIGS = (Path(tvkernels.__file__).parent / "demo" / "model", Path(__file__).parent / "sd15")
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 WEIGHTS = {

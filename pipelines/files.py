@@ -12,7 +12,7 @@ UNET = "model.diffusion_model."
 PARTS = {"UNet": UNET, "VAE": "first_stage_model.", "text encoder": "cond_stage_model."}
 CONV_IN = f"{UNET}input_blocks.0.0.weight"
 TEXT_IN = f"{UNET}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
-# What a pickle of each kind holds, for the line that converts it.
+# How to reach the weights in a pickle of each kind: part of the line that converts it.
 INSIDE = {
     "checkpoint": "s = s.get('state_dict', s)",
     "LoRA": "s = s.get('state_dict', s)",
@@ -29,7 +29,7 @@ def read_shapes(path: str | Path, kind: str = "checkpoint") -> dict[str, tuple[i
 
     Args:
         path: the file.
-        kind: a key of `INSIDE`, for the text of the errors.
+        kind: a key of `INSIDE`, which the errors name.
     Raises:
         ModelError: no such file, a pickle (also under another name), or not whole.
     """
